@@ -1,0 +1,1 @@
+"""What coordinator and organisations share: the privacy mathematics, the ledger, the statements and their errors."""

@@ -1,0 +1,278 @@
+"""What coordinator, relay and trainer say to each other, as frozen dataclasses.
+
+Downwards goes one thing, a ``TrainRequest``. Upwards go four, and nothing else ever leaves an organisation:
+
+* ``Reply``: the noised update, the reservation it was made under, the head of the chain kept for that coordinator;
+* ``Refusal``: signed, with a reason from a fixed enumeration;
+* ``Status``: one word of a fixed enumeration;
+* ``Description``: public facts (names and shapes of the adapter, the backbone's hash, declared sizes, keys).
+
+No field is free text (it could carry a record) and none is a count, a loss, a norm or a progress
+(``tests/test_messages.py`` fails when a fifth kind or a fourth field of ``Reply`` appears).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.privacy import SampledGaussian
+from common.signing import SigningKey, digest, verify
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+"""An adapter or an update: parameter name to float32 array, in the order of the names."""
+
+
+def adapter_hash(arrays: Mapping[str, npt.NDArray[np.float32]]) -> str:
+    """SHA-256 over names, shapes and little-endian float32 bytes, in the order of the names."""
+    hasher = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name], dtype="<f4")
+        hasher.update(f"{name}\0{array.shape}\0".encode())
+        hasher.update(array.tobytes())
+    return hasher.hexdigest()
+
+
+class RefusalReason(StrEnum):
+    """Why a trainer refuses: public facts only, never anything that depends on a record."""
+
+    POLICY = "policy"
+    BUDGET = "budget"
+    ENVELOPE = "envelope"
+    PLAN = "plan"
+    SIGNATURE = "signature"
+    BACKBONE = "backbone"
+    ADAPTER = "adapter"
+    LEDGER = "ledger"
+    BUSY = "busy"
+    USED = "used"
+
+
+NEVER_VOIDING = frozenset({RefusalReason.BUSY, RefusalReason.USED})
+"""Reasons that never give a reservation back: under them training may have started."""
+
+
+class StatusCode(StrEnum):
+    """What a trainer says instead of a reply."""
+
+    LOST = "lost"
+    BUSY = "busy"
+    READY = "ready"
+    UNAVAILABLE = "unavailable"
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What a run may spend at one client at most: one event per round it may take part in, in order.
+
+    Fixed before the first round and charged as a whole. The t-th round's event must be *inside* ``events[t]``:
+    no more steps, no larger sample rate, no smaller noise multiplier.
+    """
+
+    events: tuple[SampledGaussian, ...]
+
+    def allows(self, index: int, event: SampledGaussian) -> bool:
+        """Whether ``event`` may be the ``index``-th (from 0) participation under this envelope."""
+        if not 0 <= index < len(self.events):
+            return False
+        bound = self.events[index]
+        return (
+            event.steps <= bound.steps
+            and event.sample_rate <= bound.sample_rate
+            and event.noise_multiplier >= bound.noise_multiplier
+        )
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """A list with one event object per round."""
+        return [event.to_json() for event in self.events]
+
+    @classmethod
+    def from_json(cls, value: list[dict[str, Any]]) -> Envelope:
+        """The inverse of ``to_json``."""
+        return cls(tuple(SampledGaussian.from_json(item) for item in value))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the coordinator asks of one client in one round; signed by the coordinator as kind ``plan``.
+
+    Attributes:
+        run_id: the run; server_round: from 1; client, dataset: whose budget is meant.
+        attempt: from 1; a new attempt is a new reservation.
+        participation: how many rounds of this run this client was asked to take part in before (the envelope's index).
+        event: what the round costs; None in a run without privacy.
+        local_steps: DP-SGD steps; equals ``event.steps`` under privacy.
+        clipping_norm: C, L2, of each record's gradient; 0 in a run without privacy.
+        expected_batch_size: the declared constant that divides every noised sum.
+        declared_records: the declared constant behind the sample rate.
+        optimizer, learning_rate: of the local steps.
+        aggregation: which tensors are trained and how they are combined.
+        backbone_hash, adapter_hash: what is trained, and from where.
+        envelope: the whole run's bound for this client.
+    """
+
+    run_id: str
+    server_round: int
+    client: str
+    dataset: str
+    attempt: int
+    participation: int
+    event: SampledGaussian | None
+    local_steps: int
+    clipping_norm: float
+    expected_batch_size: float
+    declared_records: int
+    optimizer: str
+    learning_rate: float
+    aggregation: str
+    backbone_hash: str
+    adapter_hash: str
+    envelope: Envelope
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that is signed."""
+        body = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        body["event"] = None if self.event is None else self.event.to_json()
+        body["envelope"] = self.envelope.to_json()
+        return body
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The inverse of ``to_json``; unknown or missing keys raise ``TypeError``."""
+        body = dict(value)
+        body["event"] = None if body["event"] is None else SampledGaussian.from_json(body["event"])
+        body["envelope"] = Envelope.from_json(body["envelope"])
+        return cls(**body)
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """The accountant's durable permission for one plan; signed by the accountant as kind ``reservation``."""
+
+    reservation_id: str
+    run_id: str
+    server_round: int
+    client: str
+    dataset: str
+    attempt: int
+    event: SampledGaussian | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that is signed."""
+        body = asdict(self)
+        body["event"] = None if self.event is None else self.event.to_json()
+        return body
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Reservation:
+        """The inverse of ``to_json``."""
+        body = dict(value)
+        body["event"] = None if body["event"] is None else SampledGaussian.from_json(body["event"])
+        return cls(**body)
+
+
+@dataclass(frozen=True)
+class SignedReservation:
+    """A reservation with the accountant's signature, and the accountant's signed head at that moment."""
+
+    reservation: Reservation
+    signature: str
+    accountant_head: str
+    accountant_head_signature: str
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Everything a trainer gets for one round."""
+
+    plan: Plan
+    plan_signature: str
+    reservation: SignedReservation
+    adapter: Arrays = field(repr=False)
+
+    @property
+    def request_hash(self) -> str:
+        """SHA-256 over plan and reservation; the plan holds the adapter's hash, so the whole request is bound."""
+        return digest({"plan": self.plan.to_json(), "reservation": self.reservation.reservation.to_json()})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One round's release. Guarantee: nothing else is computed from records and leaves."""
+
+    update: Arrays = field(repr=False)
+    reservation_id: str
+    ledger_head: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A signed no. Only a voiding refusal gives the reservation back, and the guard burns the id before it signs one."""
+
+    reservation_id: str
+    request_hash: str
+    reason: RefusalReason
+    voiding: bool
+    signature: str
+
+    @staticmethod
+    def body(reservation_id: str, request_hash: str, reason: RefusalReason, voiding: bool) -> dict[str, Any]:
+        """The object that is signed as kind ``refusal``."""
+        return {
+            "reservation_id": reservation_id,
+            "request_hash": request_hash,
+            "reason": str(reason),
+            "voiding": voiding,
+        }
+
+    @classmethod
+    def sign(
+        cls, key: SigningKey, reservation_id: str, request_hash: str, reason: RefusalReason, voiding: bool
+    ) -> Refusal:
+        """Make the refusal; ``voiding`` is ignored for the reasons in ``NEVER_VOIDING``."""
+        voiding = voiding and reason not in NEVER_VOIDING
+        body = cls.body(reservation_id, request_hash, reason, voiding)
+        return cls(reservation_id, request_hash, reason, voiding, key.sign("refusal", body))
+
+    def check(self, public_key: str) -> None:
+        """Raise ``Refused`` unless ``public_key`` signed this refusal."""
+        verify(
+            public_key,
+            "refusal",
+            self.body(self.reservation_id, self.request_hash, self.reason, self.voiding),
+            self.signature,
+        )
+
+
+@dataclass(frozen=True)
+class Status:
+    """One word."""
+
+    code: StatusCode
+
+
+@dataclass(frozen=True)
+class Description:
+    """The public facts of a trainer: the server needs no model, only these names and shapes.
+
+    Attributes:
+        client, dataset: names; public_key: of the trainer; declared_records: a constant of the policy.
+        backbone_hash: of the folder's weights and configuration.
+        shapes: adapter tensor name to shape; trained: for every aggregation rule the names that leave.
+        initial_hash: ``adapter_hash`` of the public, seeded initialisation.
+    """
+
+    client: str
+    dataset: str
+    public_key: str
+    declared_records: int
+    backbone_hash: str
+    shapes: dict[str, tuple[int, ...]]
+    trained: tuple[str, ...]
+    initial_hash: str

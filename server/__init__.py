@@ -1,0 +1,1 @@
+"""The coordinator's side: the round loop, the aggregation and the accountant. It never imports torch."""
