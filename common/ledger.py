@@ -291,11 +291,11 @@ class Ledger:
 
     def follow(self, *, seq: int = 0, head: str = GENESIS) -> Iterator[Entry]:
         """The lines after ``seq``, each checked to continue the chain from ``head``; LedgerCorrupt otherwise."""
-        for row in checked(self.rows(after=seq), seq=seq, head=head):
+        for row in checked(self.rows(after=seq or None), seq=seq, head=head):
             yield Entry.from_row(row)
 
-    def rows(self, *, after: int = 0) -> Iterator[Sequence[Any]]:
-        """The stored lines as they lie there, unchecked."""
+    def rows(self, *, after: int | None = None) -> Iterator[Sequence[Any]]:
+        """The stored lines as they lie there, unchecked, also such as nobody here would have written."""
         return self._pages(sa.select(*_COLUMNS).order_by(ENTRIES.c.seq).limit(_PAGE), after)
 
     def head(self, scope: str | None = None) -> str:
@@ -336,10 +336,11 @@ class Ledger:
                 found[str(entry.key)] = entry
         return found
 
-    def _pages(self, query: sa.Select[Any], after: int) -> Iterator[Sequence[Any]]:
+    def _pages(self, query: sa.Select[Any], after: int | None) -> Iterator[Sequence[Any]]:
         while True:
             with self._storage_errors(), self._reading() as connection:
-                page = connection.execute(query.where(ENTRIES.c.seq > after)).all()
+                rest = query if after is None else query.where(ENTRIES.c.seq > after)
+                page = connection.execute(rest).all()
             yield from page
             if len(page) < _PAGE:
                 return
