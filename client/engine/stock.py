@@ -1,0 +1,60 @@
+"""Running the stock model safely: evaluation mode, the caller's gradients set aside, autocast, and its own gradient.
+
+Guarantee: whatever is changed on the model inside these contexts is put back when they close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from client.engine.batches import Batch
+from client.engine.layout import Arena, Layout
+from client.engine.losses import Loss
+
+
+def precision(layout: Layout, autocast: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast to ``autocast`` on the model's device; None computes in the weights' own dtype."""
+    return nullcontext() if autocast is None else torch.autocast(layout.device.type, dtype=autocast)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout), except the flag that Hugging Face's layers ask before they checkpoint."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def without_gradients(layout: Layout) -> Iterator[None]:
+    """Gradients enabled, and whatever ``.grad`` the caller left on the parameters set aside."""
+    kept = {name: parameter.grad for name, parameter in layout.parameters.items()}
+    for parameter in layout.parameters.values():
+        parameter.grad = None
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for name, parameter in layout.parameters.items():
+            parameter.grad = kept[name]
+
+
+def stock_gradient(
+    model: nn.Module, layout: Layout, arena: Arena, batch: Batch, loss: Loss, autocast: torch.dtype | None
+) -> Tensor:
+    """The model's own gradient of ``loss`` on ``batch``, flat [P] in the arena's dtype."""
+    with evaluating(model), without_gradients(layout):
+        with precision(layout, autocast):
+            value = loss(model, batch)
+        value.backward()
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in layout.parameters.values()]
+        return torch.cat([part.reshape(-1) for part in parts]).to(arena.dtype)
