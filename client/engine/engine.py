@@ -59,6 +59,10 @@ class Engine:
         """Float32 copies of the trainable parameters."""
         return self.layout.read()
 
+    def subtract(self, step: Tensor) -> None:
+        """Subtract an optimizer's flat ``step`` [P] from the trainable parameters."""
+        self.layout.subtract(step)
+
     def clipped_sum(self, examples: Sequence[Example], clipping_norm: float) -> Tensor:
         """Σ_i min(1, C/|g_i|) g_i as a flat float32 vector [P]; zeros for an empty draw.
 

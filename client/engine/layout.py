@@ -87,6 +87,13 @@ class Layout:
             for name, parameter in self.parameters.items()
         }
 
+    def subtract(self, step: Tensor) -> None:
+        """Subtract the flat ``step`` [P] from the parameters."""
+        with torch.no_grad():
+            for name, part in self.unflatten(step).items():
+                parameter = self.parameters[name]
+                parameter.sub_(part.to(parameter.device, parameter.dtype))
+
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of the flat ``vector`` [P] by name."""
         return {name: vector[s.offset : s.offset + s.size].view(s.shape) for name, s in self.slots.items()}
