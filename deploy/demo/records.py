@@ -24,7 +24,7 @@ from common.errors import InvalidInput
 __all__ = ["SILO_SIZES", "SILO_TASKS", "TASKS", "demo_evaluation", "demo_silos", "generate"]
 
 Record = dict[str, str]
-"""``prompt`` (ends in a line break) and ``completion``."""
+"""``prompt`` and ``completion``."""
 
 _NAMES = (
     "Alder", "Ashdown", "Barley", "Beckett", "Birch", "Bramble", "Brook", "Carver", "Cedar", "Clover", "Cooper",
@@ -159,8 +159,7 @@ def _draw(weights: Mapping[str, int], count: int, *, stream: str, public: bool) 
     records: list[Record] = []
     while len(records) < count:
         task = draw.choices(tuple(weights), tuple(weights.values()))[0]
-        question, completion = TASKS[task](draw)
-        prompt = f"{question}\n"
+        prompt, completion = TASKS[task](draw)
         if _is_public(prompt) == public:
             records.append({"prompt": prompt, "completion": completion})
     return records
