@@ -196,6 +196,32 @@ class TrainRequest:
     reservation: SignedReservation
     adapter: Arrays = field(repr=False)
 
+    def header(self) -> dict[str, Any]:
+        """All but the adapter, as a JSON object."""
+        return {
+            "plan": self.plan.to_json(),
+            "plan_signature": self.plan_signature,
+            "reservation": self.reservation.reservation.to_json(),
+            "reservation_signature": self.reservation.signature,
+            "accountant_head": self.reservation.accountant_head,
+            "accountant_head_signature": self.reservation.accountant_head_signature,
+        }
+
+    @classmethod
+    def from_json(cls, header: Mapping[str, Any], adapter: Arrays) -> TrainRequest:
+        """Put a request together again from its header and the adapter."""
+        return cls(
+            plan=Plan.from_json(header["plan"]),
+            plan_signature=header["plan_signature"],
+            reservation=SignedReservation(
+                reservation=Reservation.from_json(header["reservation"]),
+                signature=header["reservation_signature"],
+                accountant_head=header["accountant_head"],
+                accountant_head_signature=header["accountant_head_signature"],
+            ),
+            adapter=adapter,
+        )
+
     @property
     def request_hash(self) -> str:
         """SHA-256 over plan and reservation; the plan holds the adapter's hash, so the whole request is bound."""
@@ -240,6 +266,16 @@ class Refusal:
         body = cls.body(reservation_id, request_hash, reason, voiding)
         return cls(reservation_id, request_hash, reason, voiding, key.sign("refusal", body))
 
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the signature."""
+        body = self.body(self.reservation_id, self.request_hash, self.reason, self.voiding)
+        return body | {"signature": self.signature}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Refusal:
+        """The inverse of ``to_json``; an unknown reason raises ``ValueError``."""
+        return cls(**(dict(value) | {"reason": RefusalReason(value["reason"])}))
+
     def check(self, public_key: str) -> None:
         """Raise ``Refused`` unless ``public_key`` signed this refusal."""
         verify(
@@ -276,3 +312,15 @@ class Description:
     shapes: dict[str, tuple[int, ...]]
     trained: tuple[str, ...]
     initial_hash: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Description:
+        """The inverse of ``to_json``."""
+        body = dict(value)
+        body["shapes"] = {name: tuple(shape) for name, shape in body["shapes"].items()}
+        body["trained"] = tuple(body["trained"])
+        return cls(**body)

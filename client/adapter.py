@@ -1,0 +1,146 @@
+"""The LoRA adapter: made at a public seed, trained, saved, loaded again by stock ``peft``.
+
+With ``ffa`` the A matrices stay at their public initialisation and only B (and a classification head) is trained and
+sent: averages of B are then averages of the product, exactly.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from client.backbone import seeded
+from common.errors import InvalidInput
+from common.messages import Arrays
+
+USUAL_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("query_key_value",))
+"""Attention's query and value under the names that model families give them; the first pair that exists is taken."""
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Last parts of the names of all modules a LoRA adapter can sit on, in order of appearance."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = (name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D))
+    return list(dict.fromkeys(names))
+
+
+def choose_targets(model: torch.nn.Module, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The modules to adapt: the asked ones (``all-linear`` is allowed), or the attention's query and value.
+
+    Raises:
+        InvalidInput: one does not exist in this model; the message names those that could be meant.
+    """
+    present = linear_names(model)
+    if asked is None:
+        for names in USUAL_TARGETS:
+            if all(name in present for name in names):
+                return names
+        raise InvalidInput(f"no usual attention module in this model: name --target-modules, of {', '.join(present)}")
+    if tuple(asked) == ("all-linear",):
+        return tuple(asked)
+    full = [name for name, _ in model.named_modules()]
+    for name in asked:
+        if name not in present and not any(path == name or path.endswith("." + name) for path in full):
+            near = difflib.get_close_matches(name, present, n=3, cutoff=0.3) or present
+            raise InvalidInput(f"no module {name!r} in this model: could be {', '.join(near)}")
+    return tuple(asked)
+
+
+def attach(
+    model: Any,
+    *,
+    task: str,
+    rank: int,
+    lora_alpha: float,
+    target_modules: Sequence[str] | None,
+    aggregation: str,
+    public_seed: int,
+) -> Any:
+    """Put a fresh adapter on ``model``: A from the public seed, B zero, A frozen under ``ffa``; dropout off.
+
+    Returns:
+        The ``PeftModel``; exactly the parameters that are to be trained require gradients.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = choose_targets(model, target_modules)
+    settings = LoraConfig(
+        task_type=TaskType.SEQ_CLS if task == "classification" else TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+    )
+    with seeded(public_seed):
+        adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
+    if aggregation == "ffa":
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad = False
+    switch_off_dropout(adapted)
+    return adapted
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout rate to zero, also those that attention reads from its own attribute."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_pdrop", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def trained_arrays(model: Any) -> Arrays:
+    """Copies of the tensors that are trained and sent, float32, by name."""
+    return {
+        name: parameter.detach().to(torch.float32).cpu().numpy().copy()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def set_arrays(model: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Overwrite the trained tensors of ``model`` with ``arrays``.
+
+    Raises:
+        InvalidInput: a name or a shape differs.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trained.keys() != arrays.keys():
+        odd = sorted(trained.keys() ^ arrays.keys())[0]
+        raise InvalidInput(f"the arrays do not fit the adapter: {odd} is on one side only")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if tuple(parameter.shape) != arrays[name].shape:
+                raise InvalidInput(f"{name}: shape {arrays[name].shape}, the adapter has {tuple(parameter.shape)}")
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+
+
+def save(model: Any, folder: Path, backbone: str) -> None:
+    """Write the adapter so that ``PeftModel.from_pretrained`` loads it on the stock backbone ``backbone``."""
+    model.peft_config["default"].base_model_name_or_path = backbone
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def load(model: Any, folder: Path) -> Any:
+    """The adapter in ``folder`` on the stock backbone ``model``, by stock ``peft``.
+
+    Raises:
+        InvalidInput: the folder holds no adapter for this model.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise InvalidInput(f"{folder}: no adapter_config.json: not an adapter folder")
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise InvalidInput(f"{folder}: does not fit this backbone ({str(error).splitlines()[0][:200]})") from error
+    return adapted.eval()

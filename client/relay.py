@@ -1,0 +1,68 @@
+"""The relay: a Flower ClientApp that passes messages between the coordinator and the trainer, and can do nothing else.
+
+It holds no data, no torch, no key and no volume. The coordinator may replace it at will (Flower ships app code), so
+nothing depends on it being honest: what it forwards is signed on both sides, and what it returns was noised before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from common.messages import Arrays, Description, Refusal, Reply, Status, TrainRequest
+
+
+class TrainerConnection(Protocol):
+    """What the relay needs of a trainer; the trainer itself in a simulation, a gRPC stub in a deployment."""
+
+    def describe(self) -> Description:
+        """The public facts."""
+
+    def train(self, request: TrainRequest) -> Reply | Refusal | Status:
+        """One round."""
+
+
+def build_relay(connect: Callable[[Context], TrainerConnection]) -> ClientApp:
+    """The ClientApp that forwards to whatever ``connect`` returns for the node's context."""
+    app = ClientApp()
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        description = connect(context).describe()
+        return _answer(message, "description", description.to_json())
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        header = json.loads(str(message.content.config_records["request"]["json"]))
+        request = TrainRequest.from_json(header, to_arrays(message.content.array_records["adapter"]))
+        answer = connect(context).train(request)
+        if isinstance(answer, Reply):
+            reply = {"reservation_id": answer.reservation_id, "ledger_head": answer.ledger_head}
+            return _answer(message, "reply", reply, answer.update)
+        if isinstance(answer, Refusal):
+            return _answer(message, "refusal", answer.to_json())
+        return _answer(message, "status", {"code": str(answer.code)})
+
+    return app
+
+
+def to_arrays(record: ArrayRecord) -> Arrays:
+    """Flower's record as plain float32 arrays; pickled content is never read."""
+    return {name: np.asarray(array.numpy(), dtype=np.float32) for name, array in record.items()}
+
+
+def to_record(arrays: Arrays) -> ArrayRecord:
+    """Plain arrays as Flower's record, in the order of their names."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(arrays[name])) for name in arrays})
+
+
+def _answer(message: Message, kind: str, body: dict[str, object], arrays: Arrays | None = None) -> Message:
+    content = RecordDict({kind: ConfigRecord({"json": json.dumps(body)})})
+    if arrays is not None:
+        content["update"] = to_record(arrays)
+    return Message(content, reply_to=message)

@@ -1,0 +1,187 @@
+"""The trainer: the differential-privacy boundary, the only code that reads an organisation's records.
+
+One call, ``train``: the guard says yes or no on public facts; then every step draws a Poisson batch, sums clipped
+per-record gradients, adds noise and divides by a declared constant; then the guard stores the reply before it is
+given. Formal guarantee: with the event (σ, q, steps) of the plan, the reply is (ε, δ)-DP for one record under
+add/remove with the ε that ``PLDAccountant().compose(event)`` states, because
+
+* the batch is drawn afresh for every step, each record with probability q, whatever the number of records
+  (``PoissonSampler``), from randomness that leaves nowhere;
+* one record changes the sum of clipped gradients by at most C in L2 (``Engine.clipped_sum``), whatever it contains;
+* N(0, σ²C²) is added to every coordinate of that sum, also for an empty batch;
+* all else (division by a constant, rounding, the optimizer, subtraction of the public adapter) is post-processing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from client.engine import Engine, NoiseSource, private_step
+from client.engine.batches import Example
+from client.guard import Granted, Guard, Lost, Refused, Replay
+from common.messages import (
+    Arrays,
+    Description,
+    Plan,
+    Refusal,
+    Reply,
+    Status,
+    StatusCode,
+    TrainRequest,
+    adapter_hash,
+)
+from common.privacy.sampling import PoissonSampler
+
+
+class StepListener(Protocol):
+    """Hears how far the running round is; what it hears never leaves the organisation."""
+
+    def __call__(self, client: str, step: int, steps: int) -> None:
+        """``step`` of ``steps`` is done."""
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """The loaded model behind an engine. In a simulation the silos of one process share it, one after the other.
+
+    Attributes:
+        engine: owns exactly the trained tensors.
+        backbone_hash: of the folder the model came from.
+        initial: the public, seeded initialisation of the trained tensors.
+    """
+
+    engine: Engine
+    backbone_hash: str
+    initial: Arrays
+
+
+class Trainer:
+    """Serves one organisation's data set.
+
+    Args:
+        name: the organisation. dataset: the budget its records belong to.
+        examples: the private records, tokenised. They are read in ``train`` only.
+        declared_records: the public constant that stands for their number.
+        test_seed: fixes noise and sampling; the certificate of such a run says ``not private``.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        dataset: str,
+        examples: Sequence[Example],
+        declared_records: int,
+        workbench: Workbench,
+        guard: Guard,
+        public_key: str,
+        test_seed: int | None = None,
+        listener: StepListener | None = None,
+    ) -> None:
+        self.name = name
+        self._dataset = dataset
+        self._examples = examples
+        self._declared_records = declared_records
+        self._workbench = workbench
+        self._guard = guard
+        self._public_key = public_key
+        self._test_seed = test_seed
+        self._listener = listener
+
+    @property
+    def guard(self) -> Guard:
+        """The organisation's guard, for its own statements (ledger, part of the certificate)."""
+        return self._guard
+
+    def describe(self) -> Description:
+        """Public facts only: nothing here is computed from records."""
+        initial = self._workbench.initial
+        return Description(
+            client=self.name,
+            dataset=self._dataset,
+            public_key=self._public_key,
+            declared_records=self._declared_records,
+            backbone_hash=self._workbench.backbone_hash,
+            shapes={name: tuple(array.shape) for name, array in initial.items()},
+            trained=tuple(initial),
+            initial_hash=adapter_hash(initial),
+        )
+
+    def train(self, request: TrainRequest) -> Reply | Refusal | Status:
+        """One round. The same request gives the same bytes; noise is never drawn twice for one reservation."""
+        shapes = {name: tuple(array.shape) for name, array in self._workbench.initial.items()}
+        admission = self._guard.admit(request, shapes=shapes)
+        if isinstance(admission, Replay):
+            return admission.reply
+        if isinstance(admission, Lost):
+            return Status(StatusCode.LOST)
+        if isinstance(admission, Refused):
+            return admission.refusal
+        if not isinstance(admission, Granted):  # an admission this code does not know must not train
+            return Status(StatusCode.UNAVAILABLE)
+        self._guard.start(request)
+        update = self._update(request)
+        return self._guard.finish(request, update)
+
+    def _update(self, request: TrainRequest) -> Arrays:
+        """The noised update: trained tensors after the local steps minus the global adapter, float32."""
+        plan, engine = request.plan, self._workbench.engine
+        reservation_id = request.reservation.reservation.reservation_id
+        # Made here, after any fork, and dropped with this call: its state is stored nowhere.
+        noise = (
+            NoiseSource.fresh(reservation_id)
+            if self._test_seed is None
+            else NoiseSource.seeded(self._test_seed, f"{plan.client}/{plan.server_round}/{plan.attempt}")
+        )
+        engine.load(request.adapter)
+        optimizer = local_optimizer(plan, engine.num_parameters)
+        draw = self._sampler(plan, noise.generator())
+        for step in range(1, plan.local_steps + 1):
+            gradient = self._gradient(plan, draw(), noise)
+            engine.subtract(optimizer(gradient))
+            if self._listener is not None:
+                self._listener(self.name, step, plan.local_steps)
+        trained = engine.read()
+        return {name: trained[name] - request.adapter[name] for name in trained}
+
+    def _sampler(self, plan: Plan, generator: np.random.Generator) -> Callable[[], list[Example]]:
+        rate = plan.expected_batch_size / plan.declared_records if plan.event is None else plan.event.sample_rate
+        sampler = PoissonSampler(min(rate, 1.0))
+        return lambda: [self._examples[i] for i in sampler.draw(len(self._examples), generator)]
+
+    def _gradient(self, plan: Plan, batch: list[Example], noise: NoiseSource) -> torch.Tensor:
+        engine = self._workbench.engine
+        if plan.event is None:  # a run without privacy; the certificate says so
+            return engine.plain_sum(batch) / plan.expected_batch_size
+        return private_step(
+            engine,
+            batch,
+            clipping_norm=plan.clipping_norm,
+            noise_multiplier=plan.event.noise_multiplier,
+            expected_batch_size=plan.expected_batch_size,
+            noise=noise,
+        )
+
+
+def local_optimizer(plan: Plan, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Gradient to step, by the plan's optimizer; its state lives for one round and never leaves."""
+    rate = plan.learning_rate
+    if plan.optimizer == "sgd":
+        return lambda gradient: rate * gradient
+    first, second = torch.zeros(size), torch.zeros(size)
+    count = 0
+
+    def adam(gradient: torch.Tensor) -> torch.Tensor:  # Kingma, Ba 2015, Algorithm 1
+        nonlocal count
+        count += 1
+        first.mul_(0.9).add_(gradient, alpha=0.1)
+        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        corrected = first / (1 - 0.9**count)
+        return rate * corrected / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
+
+    return adam

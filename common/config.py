@@ -1,0 +1,207 @@
+"""The settings of a run: frozen, typed, one definition for the command line, the TOML file and the documentation.
+
+Every setting has the same name everywhere: ``target_epsilon`` here, ``--target-epsilon`` on the command line,
+``target-epsilon`` in the TOML file. Unknown keys are refused and the nearest known one is named.
+
+>>> RunConfig.from_mapping({"rounds": 3}).rounds
+3
+>>> RunConfig.from_mapping({"target-epsilom": 3})
+Traceback (most recent call last):
+    ...
+common.errors.InvalidInput: unknown setting 'target-epsilom': did you mean 'target-epsilon'?
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from common.errors import InvalidInput
+
+
+def dashed(name: str) -> str:
+    """The setting's name as people type it."""
+    return name.replace("_", "-")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=dashed, populate_by_name=True, allow_inf_nan=False
+    )
+
+
+class ClientSettings(_Settings):
+    """What may differ between organisations: ``[clients.NAME]`` in the TOML file."""
+
+    target_epsilon: float | None = Field(None, gt=0, description="this organisation's ε for the whole run")
+    target_delta: float | None = Field(None, gt=0, lt=1, description="this organisation's δ")
+    noise_multiplier: float | None = Field(None, gt=0, description="σ, instead of calibrating it to the target ε")
+    declared_records: int | None = Field(None, ge=1, description="the public constant behind the sample rate")
+    expected_batch_size: float | None = Field(None, gt=0, description="expected records per step")
+
+
+class RunConfig(_Settings):
+    """One run. Defaults are those of the embedded demo; each description is what ``--help`` shows."""
+
+    data: str = Field(
+        "demo", description="JSONL, CSV or Parquet file, folder of such files (one per silo), HF data set, or 'demo'"
+    )
+    eval_data: str | None = Field(None, description="public evaluation set; it is not protected")
+    holdout: float | None = Field(
+        None, gt=0, lt=1, description="share of rows set aside for evaluation; they count as public (simulation only)"
+    )
+    silos: int | None = Field(None, ge=1, description="split the rows at random into this many silos")
+    silo_column: str | None = Field(None, description="column that names each row's silo")
+    only_silos: tuple[str, ...] | None = Field(None, description="keep these silos only (comma-separated)")
+    prompt_column: str | None = Field(None, description="column with the prompt, or with the text to classify")
+    completion_column: str | None = Field(None, description="column with the completion")
+    label_column: str | None = Field(None, description="column with the class (classification)")
+    task: Literal["causal-lm", "classification"] = Field("causal-lm", description="what is trained")
+    max_length: int | None = Field(None, ge=4, description="tokens per record; longer records are cut at the end")
+    model: str = Field("demo", description="folder, Hugging Face id, or 'demo' for the embedded smoke-test backbone")
+    rounds: int = Field(40, ge=1, description="rounds of the run")
+    local_steps: int = Field(1, ge=1, description="DP-SGD steps of each client per round")
+    clients_per_round: int | None = Field(
+        None, ge=1, description="take this many clients per round, in a public random order (no amplification taken)"
+    )
+    expected_batch_size: float | None = Field(
+        None, gt=0, description="expected records per step; q = expected batch size / declared records"
+    )
+    micro_batch_size: int | None = Field(None, ge=1, description="records per forward pass; changes speed only")
+    target_epsilon: float = Field(8.0, gt=0, description="ε of each client for the whole run; calibrates the noise")
+    target_delta: float | None = Field(
+        None, gt=0, lt=1, description="δ of each client; default min(1e-5, 0.1/declared records)"
+    )
+    allow_large_delta: bool = Field(False, description="allow a δ above min(1e-5, 0.1/declared records)")
+    relation: Literal["add_remove", "replace_one"] = Field("add_remove", description="neighbouring relation")
+    noise_multiplier: float | None = Field(None, gt=0, description="σ of every client, instead of calibrating it")
+    clipping_norm: float = Field(1.0, gt=0, description="C: L2 bound on each record's gradient")
+    rank: int = Field(8, ge=1, description="rank of the LoRA adapters")
+    lora_alpha: float = Field(16.0, gt=0, description="scale of the LoRA adapters (alpha / rank)")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="modules that get an adapter, comma-separated; default: the attention's query and value"
+    )
+    aggregation: Literal["ffa", "fedavg"] = Field(
+        "ffa", description="ffa: A frozen at a public seed, B trained; fedavg: A and B trained"
+    )
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimizer, on noised gradients")
+    learning_rate: float = Field(1.0, gt=0, description="of the local optimizer")
+    server_optimizer: Literal["fedavg", "fedavgm", "fedadam"] = Field("fedadam", description="server optimizer")
+    server_learning_rate: float = Field(1e-2, gt=0, description="of the server optimizer")
+    weights: Literal["uniform", "declared"] = Field(
+        "uniform", description="public weights of the average: equal, or by declared records"
+    )
+    noise_schedule: Literal["constant"] = Field("constant", description="noise multiplier over the rounds")
+    noise_allocation: Literal["uniform"] = Field("uniform", description="noise over the adapter's tensors")
+    engine: Literal["fused", "opacus"] = Field("fused", description="per-example gradients: fused, or Opacus hooks")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
+    precision: Literal["float32", "bf16"] = Field("float32", description="of the frozen backbone")
+    backend: Literal["inprocess", "ray"] = Field("inprocess", description="in one process, or Flower's engine on Ray")
+    threads: int | None = Field(None, ge=1, description="torch threads per client; 1 makes backends agree bitwise")
+    seed: int | None = Field(None, ge=0, description="fixes noise and sampling too: for tests, marks 'not private'")
+    public_seed: int = Field(0, ge=0, description="fixes split, initialisation and order of clients; stays private")
+    no_privacy: bool = Field(False, description="train without clipping and noise; marks 'not private'")
+    output: str | None = Field(None, description="folder for the results; default runs/NNN")
+    resume: bool = Field(False, description="go on with the run in --output from its last finished round")
+    clients: dict[str, ClientSettings] = Field(default_factory=dict, description="settings per organisation")
+
+    @field_validator("target_modules", "only_silos", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Check and freeze ``values`` (dashes or underscores).
+
+        Raises:
+            InvalidInput: names the setting, the value, the range, and the nearest known setting for an unknown one.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise InvalidInput(_explain(error)) from error
+
+    @classmethod
+    def load(cls, path: Path, overrides: Mapping[str, Any]) -> RunConfig:
+        """Read a TOML file; ``overrides`` (from the command line) win over it."""
+        try:
+            values = tomllib.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise InvalidInput(f"{path}: cannot be read ({error.strerror})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"{path}: not a TOML file ({error})") from error
+        merged = {dashed(key): value for key, value in values.items()}
+        return cls.from_mapping(merged | {dashed(key): value for key, value in overrides.items()})
+
+    def for_client(self, name: str) -> ClientSettings:
+        """The settings of one organisation, its own where it has some and the run's otherwise."""
+        own = self.clients.get(name, ClientSettings())
+        return ClientSettings(
+            target_epsilon=own.target_epsilon or self.target_epsilon,
+            target_delta=own.target_delta or self.target_delta,
+            noise_multiplier=own.noise_multiplier or (None if own.target_epsilon else self.noise_multiplier),
+            declared_records=own.declared_records,
+            expected_batch_size=own.expected_batch_size or self.expected_batch_size,
+        )
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first thing that is wrong."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    name = ".".join(dashed(part) for part in path) or "settings"
+    if first["type"] == "extra_forbidden":
+        model: type[BaseModel] = ClientSettings if len(path) > 1 else RunConfig
+        known = [dashed(field) for field in model.model_fields]
+        near = difflib.get_close_matches(dashed(path[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"unknown setting {name!r}: {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def round_to_two_digits(count: int) -> int:
+    """The count rounded down to two significant digits: what a simulation publishes instead of the exact size.
+
+    Rounding down makes q = expected batch / declared larger, which costs privacy and never hides any.
+
+    >>> round_to_two_digits(1192), round_to_two_digits(7), round_to_two_digits(16838)
+    (1100, 7, 16000)
+    """
+    if count < 100:
+        return count
+    unit = 10 ** (int(math.log10(count)) - 1)
+    return int(count // unit * unit)
+
+
+def default_delta(declared_records: int) -> float:
+    """min(1e-5, 0.1 / declared records): small against one record's own share of the data."""
+    return min(1e-5, 0.1 / declared_records)
+
+
+def check_delta(delta: float, declared_records: int, *, allow_large: bool, client: str) -> float:
+    """Refuse a δ that would allow publishing a record outright.
+
+    Raises:
+        InvalidInput: δ ≥ 1/declared records, or above the default without ``allow_large``.
+    """
+    if delta >= 1 / declared_records:
+        raise InvalidInput(
+            f"{client}: target-delta {delta:g} is not below 1/declared records = {1 / declared_records:.3g}: "
+            "such a δ permits publishing somebody's whole record"
+        )
+    if delta > default_delta(declared_records) * (1 + 1e-12) and not allow_large:
+        raise InvalidInput(
+            f"{client}: target-delta {delta:g} is above min(1e-5, 0.1/declared records) = "
+            f"{default_delta(declared_records):.3g}; say --allow-large-delta if that is meant"
+        )
+    return delta

@@ -1,0 +1,147 @@
+"""Requests out, answers in, over Flower's ``Grid``: who is who, who answered what, and who did not.
+
+Answers are pulled one by one in the order of client names: the sum is the same on every backend, and the coordinator
+holds one update at a time however many clients there are.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from common.errors import Unavailable
+from common.messages import Arrays, Description, Refusal, Reply, Status, StatusCode, TrainRequest
+from server.accountant import Outcome
+
+
+@dataclass(frozen=True)
+class Failure:
+    """No usable answer: ``outcome`` is what the ledger records; ``reason`` is for the log only."""
+
+    outcome: Outcome
+    reason: str = field(default="")
+
+
+Answer = Reply | Refusal | Status | Failure
+
+
+class Exchange:
+    """Speaks to the clients of one run.
+
+    Args:
+        grid: Flower's grid. poll_s: pause between two looks for an answer. clock, sleep: for tests.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        poll_s: float = 0.05,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._grid, self._poll_s, self._clock, self._sleep = grid, poll_s, clock, sleep
+        self._nodes: dict[str, int] = {}
+
+    def describe(self, expected: int, timeout_s: float) -> list[Description]:
+        """Ask every node for its public facts until ``expected`` have answered; remembers which node is which client.
+
+        Raises:
+            Unavailable: fewer answered in time, or two nodes claim one name.
+        """
+        deadline = self._clock() + timeout_s
+        while len(nodes := list(self._grid.get_node_ids())) < expected:
+            if self._clock() > deadline:
+                raise Unavailable(f"only {len(nodes)} of {expected} clients are connected after {timeout_s:g} s")
+            self._sleep(self._poll_s)
+        messages = [
+            Message(RecordDict(), dst_node_id=node, message_type=f"{MessageType.QUERY}.describe") for node in nodes
+        ]
+        descriptions: dict[str, Description] = {}
+        ids = list(self._grid.push_messages(messages))
+        for node, identity in zip(nodes, ids, strict=True):
+            message = self._wait(identity, deadline)
+            if message is None or message.has_error():
+                continue
+            text = str(message.content.config_records["description"]["json"])
+            description = Description.from_json(json.loads(text))
+            if description.client in descriptions:
+                raise Unavailable(f"two nodes say that they are {description.client!r}: stop one of them")
+            descriptions[description.client] = description
+            self._nodes[description.client] = node
+        if len(descriptions) < expected:
+            raise Unavailable(f"only {len(descriptions)} of {expected} clients described themselves in time")
+        return [descriptions[name] for name in sorted(descriptions)]
+
+    def train(self, requests: Mapping[str, TrainRequest], deadline_s: float) -> Iterator[tuple[str, Answer]]:
+        """Send every request, then yield each client's answer in the order of names.
+
+        A client that has not answered when ``deadline_s`` is over yields a ``Failure`` with outcome ``TIMEOUT``.
+        """
+        names = sorted(requests)
+        # The grid may iterate the messages twice: a list, never a generator.
+        messages = [self._message(name, requests[name]) for name in names]
+        deadline = self._clock() + deadline_s
+        ids = list(self._grid.push_messages(messages))
+        for name, identity in zip(names, ids, strict=True):
+            message = self._wait(identity, deadline)
+            yield name, _read(message)
+
+    def _message(self, name: str, request: TrainRequest) -> Message:
+        content = RecordDict(
+            {
+                "request": ConfigRecord({"json": json.dumps(request.header())}),
+                "adapter": _record(request.adapter),
+            }
+        )
+        return Message(
+            content,
+            dst_node_id=self._nodes[name],
+            message_type=MessageType.TRAIN,
+            group_id=str(request.plan.server_round),
+        )
+
+    def _wait(self, identity: str, deadline: float) -> Message | None:
+        while True:
+            found: Sequence[Message] = list(self._grid.pull_messages([identity]))
+            if found:
+                return found[0]
+            if self._clock() > deadline:
+                return None
+            self._sleep(self._poll_s)
+
+
+def _record(arrays: Arrays) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
+
+
+def _read(message: Message | None) -> Answer:
+    """One answer out of a message a hostile client may have made; whatever is odd is an error, never an exception."""
+    if message is None:
+        return Failure(Outcome.TIMEOUT, "no answer before the round's deadline")
+    if message.has_error():
+        return Failure(Outcome.ERROR, f"code {message.error.code}: {message.error.reason}")
+    try:
+        return _parse(message.content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return Failure(Outcome.ERROR, f"not an answer this version understands ({type(error).__name__}: {error})")
+
+
+def _parse(content: RecordDict) -> Answer:
+    records = content.config_records
+    if "reply" in records:
+        body = json.loads(str(records["reply"]["json"]))
+        # Array.numpy() reads numpy's own format with pickles switched off.
+        update = {name: np.asarray(array.numpy()) for name, array in content.array_records["update"].items()}
+        return Reply(update=update, reservation_id=body["reservation_id"], ledger_head=body["ledger_head"])
+    if "refusal" in records:
+        return Refusal.from_json(json.loads(str(records["refusal"]["json"])))
+    if "status" in records:
+        return Status(StatusCode(json.loads(str(records["status"]["json"]))["code"]))
+    raise ValueError("neither reply, refusal nor status")

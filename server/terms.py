@@ -1,0 +1,244 @@
+"""The terms of a run: what every client will be asked to spend, fixed and public before the first round.
+
+Nothing here depends on a record: sizes are declared, the order of clients comes from a public seed, and the noise is
+calibrated from those. The ε of the terms is therefore the ε of the run, to the last digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from common.config import RunConfig, check_delta, default_delta
+from common.errors import InvalidInput
+from common.messages import Description, Envelope
+from common.privacy import PLDAccountant, SampledGaussian, calibrate_noise_multiplier
+from common.signing import digest
+
+
+@dataclass(frozen=True)
+class ClientTerms:
+    """One client's part.
+
+    Attributes:
+        envelope: one event per round the client takes part in; None in a run without privacy.
+        target_epsilon, target_delta: of the whole run; None without privacy.
+        weight: public weight of its updates in the average.
+    """
+
+    name: str
+    dataset: str
+    declared_records: int
+    expected_batch_size: float
+    envelope: Envelope | None
+    target_epsilon: float | None
+    target_delta: float | None
+    weight: float
+
+    @property
+    def noise_on_the_mean(self) -> float:
+        """σ·C/B for C = 1 at the first round: the noise std on this client's mean gradient."""
+        if self.envelope is None or not self.envelope.events:
+            return 0.0
+        return self.envelope.events[0].noise_multiplier / self.expected_batch_size
+
+
+@dataclass(frozen=True)
+class RunTerms:
+    """Everything about a run that is public and fixed; its digest names the run's plan in the certificate."""
+
+    run_id: str
+    rounds: int
+    clients: tuple[ClientTerms, ...]
+    participants: tuple[tuple[str, ...], ...]
+    local_steps: int
+    clipping_norm: float
+    relation: str
+    optimizer: str
+    learning_rate: float
+    server_optimizer: str
+    server_learning_rate: float
+    aggregation: str
+    backbone_hash: str
+    initial_hash: str
+    public_seed: int
+    deadline_s: float = field(default=3600.0)
+
+    def client(self, name: str) -> ClientTerms:
+        """The terms of one client."""
+        return next(client for client in self.clients if client.name == name)
+
+    def participation(self, name: str, server_round: int) -> int:
+        """How many rounds before ``server_round`` (from 1) include ``name``: the index into its envelope."""
+        return sum(name in names for names in self.participants[: server_round - 1])
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; ``digest`` is taken over it."""
+        body: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        body["participants"] = [list(names) for names in self.participants]
+        body["clients"] = [
+            {name: getattr(client, name) for name in client.__dataclass_fields__}
+            | {"envelope": None if client.envelope is None else client.envelope.to_json()}
+            for client in self.clients
+        ]
+        return body
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RunTerms:
+        """The inverse of ``to_json``."""
+        body = dict(value)
+        body["participants"] = tuple(tuple(names) for names in body["participants"])
+        body["clients"] = tuple(
+            ClientTerms(
+                **(item | {"envelope": None if item["envelope"] is None else Envelope.from_json(item["envelope"])})
+            )
+            for item in body["clients"]
+        )
+        return cls(**body)
+
+    @property
+    def plan_hash(self) -> str:
+        """SHA-256 of the canonical terms."""
+        return digest(self.to_json())
+
+
+def participation_order(
+    names: Sequence[str], rounds: int, per_round: int | None, public_seed: int
+) -> tuple[tuple[str, ...], ...]:
+    """Who takes part in which round: everybody, or ``per_round`` dealt out evenly in a public random order.
+
+    The order is known to everybody before round 1, so no amplification is taken from it and a client's number of
+    rounds differs by at most one from any other's.
+    """
+    ordered = sorted(names)
+    if per_round is None or per_round >= len(ordered):
+        return (tuple(ordered),) * rounds
+    generator = np.random.default_rng([public_seed, 3])
+    deck: list[str] = []
+    result = []
+    for _ in range(rounds):
+        hand: list[str] = []
+        while len(hand) < per_round:
+            if not deck:
+                deck = [ordered[i] for i in generator.permutation(len(ordered))]
+                deck.sort(key=lambda name: name in hand)  # a client is not dealt twice into one round
+            hand.append(deck.pop(0))
+        result.append(tuple(sorted(hand)))
+    return tuple(result)
+
+
+def draw_up(config: RunConfig, descriptions: Sequence[Description], run_id: str) -> RunTerms:
+    """The terms of a run for the clients that described themselves.
+
+    Raises:
+        InvalidInput: a client's settings are impossible (q > 1, δ too large, a name in the TOML that nobody has), or
+            the clients do not hold the same backbone and adapter.
+    """
+    names = [description.client for description in descriptions]
+    for name in config.clients:
+        if name not in names:
+            raise InvalidInput(f"[clients.{name}]: no such client; there are {', '.join(sorted(names))}")
+    first = descriptions[0]
+    for other in descriptions[1:]:
+        if (other.backbone_hash, other.initial_hash) != (first.backbone_hash, first.initial_hash):
+            raise InvalidInput(f"{other.client} and {first.client} do not hold the same backbone and adapter")
+    order = participation_order(names, config.rounds, config.clients_per_round, config.public_seed)
+    total = sum(description.declared_records for description in descriptions)
+    clients = []
+    for description in sorted(descriptions, key=lambda d: d.client):
+        rounds = sum(description.client in names for names in order)
+        weight = 1.0 if config.weights == "uniform" else description.declared_records / total
+        clients.append(_client_terms(config, description, rounds, weight))
+    return RunTerms(
+        run_id=run_id,
+        rounds=config.rounds,
+        clients=tuple(clients),
+        participants=order,
+        local_steps=config.local_steps,
+        clipping_norm=0.0 if config.no_privacy else config.clipping_norm,
+        relation=config.relation,
+        optimizer=config.optimizer,
+        learning_rate=config.learning_rate,
+        server_optimizer=config.server_optimizer,
+        server_learning_rate=config.server_learning_rate,
+        aggregation=config.aggregation,
+        backbone_hash=first.backbone_hash,
+        initial_hash=first.initial_hash,
+        public_seed=config.public_seed,
+    )
+
+
+def default_batch_size(declared_records: int) -> float:
+    """Expected records per step if none is asked for: a sixteenth of the declared records, at least 1, at most 256."""
+    return float(min(256, max(1, declared_records // 16)))
+
+
+def _client_terms(config: RunConfig, description: Description, rounds: int, weight: float) -> ClientTerms:
+    settings = config.for_client(description.client)
+    declared = description.declared_records
+    batch = settings.expected_batch_size or default_batch_size(declared)
+    if batch > declared:
+        raise InvalidInput(
+            f"{description.client}: expected-batch-size {batch:g} is above its {declared} declared records (q > 1); "
+            f"at most {declared}, or [clients.{description.client}] expected-batch-size = …"
+        )
+    base = {
+        "name": description.client,
+        "dataset": description.dataset,
+        "declared_records": declared,
+        "expected_batch_size": batch,
+        "weight": weight,
+    }
+    if config.no_privacy:
+        return ClientTerms(**base, envelope=None, target_epsilon=None, target_delta=None)
+    delta = check_delta(
+        settings.target_delta or default_delta(declared),
+        declared,
+        allow_large=config.allow_large_delta,
+        client=description.client,
+    )
+    target = settings.target_epsilon or config.target_epsilon
+    rate = batch / declared
+    if settings.noise_multiplier is None:
+        noise = calibrate_noise_multiplier(
+            target_epsilon=target,
+            target_delta=delta,
+            sample_rate=rate,
+            steps=max(1, rounds) * config.local_steps,
+            relation=config.relation,
+        )
+        event = SampledGaussian(noise_multiplier=noise, sample_rate=rate, steps=config.local_steps)
+        envelope = Envelope((event,) * rounds)
+    else:
+        event = SampledGaussian(
+            noise_multiplier=settings.noise_multiplier, sample_rate=rate, steps=config.local_steps
+        )
+        asked = "target_epsilon" in config.model_fields_set or (
+            description.client in config.clients and config.clients[description.client].target_epsilon is not None
+        )
+        envelope = Envelope((event,) * rounds)
+        if asked:  # the client leaves when its budget is used up, and the run goes on
+            envelope = Envelope((event,) * _rounds_that_fit(event, rounds, target, delta, config.relation))
+            if not envelope.events:
+                raise InvalidInput(
+                    f"{description.client}: not even one round at noise-multiplier {settings.noise_multiplier:g} fits "
+                    f"into ε = {target:g}: raise one of them or lower the expected batch size"
+                )
+        else:
+            target = PLDAccountant(relation=config.relation).compose_all(envelope.events).epsilon(delta)
+    return ClientTerms(**base, envelope=envelope, target_epsilon=target, target_delta=delta)
+
+
+def _rounds_that_fit(event: SampledGaussian, rounds: int, epsilon: float, delta: float, relation: str) -> int:
+    """The largest number of rounds, at most ``rounds``, whose certified ε is at most ``epsilon`` (bisection)."""
+    low, high = 0, rounds
+    while low < high:
+        middle = (low + high + 1) // 2
+        if PLDAccountant(relation=relation).compose_all((event,) * middle).epsilon(delta) <= epsilon:
+            low = middle
+        else:
+            high = middle - 1
+    return low
