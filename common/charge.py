@@ -1,0 +1,87 @@
+"""What a fixed list of events costs: the one place where coordinator, client and verifier turn events into ε.
+
+Composition of a list that was fixed beforehand does not depend on its order, so equal mechanisms are merged first:
+a thousand rounds of one event cost one transform, and everybody who holds the same list gets the same number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from common.privacy import PLDAccountant, RDPAccountant, SampledGaussian
+from common.privacy.checks import Relation, TooLarge, known_relation
+
+
+@dataclass(frozen=True)
+class Charge:
+    """Two upper bounds of the same ε; ``epsilon`` (PLD) opens gates, ``epsilon_rdp`` stands beside it.
+
+    ``epsilon_rdp`` is infinite where Rényi accounting does not cover the relation.
+    """
+
+    epsilon: float
+    epsilon_rdp: float
+
+
+def merged(events: Iterable[SampledGaussian]) -> tuple[SampledGaussian, ...]:
+    """The same mechanisms with the steps of equal ones added, in a fixed order."""
+    steps: dict[SampledGaussian, int] = {}
+    for event in events:
+        if event.steps:
+            kind = replace(event, steps=1)
+            steps[kind] = steps.get(kind, 0) + event.steps
+    ordered = sorted(steps, key=lambda kind: (kind.noise_multiplier, kind.sample_rate))
+    return tuple(replace(kind, steps=steps[kind]) for kind in ordered)
+
+
+def charge(events: Iterable[SampledGaussian], *, relation: str, delta: float) -> Charge:
+    """The ε of ``events`` at ``delta`` under ``relation``, by PLD and by RDP; never below the truth.
+
+    Guarantee: valid for lists fixed in advance, or chosen inside a fixed envelope that is itself what is charged.
+    """
+    return _charge(merged(events), known_relation(relation), delta)
+
+
+@lru_cache(maxsize=4096)
+def _charge(events: tuple[SampledGaussian, ...], relation: Relation, delta: float) -> Charge:
+    if not events:
+        return Charge(0.0, 0.0)
+    try:
+        epsilon = PLDAccountant(relation=relation).compose_all(events).epsilon(delta=delta)
+    except TooLarge:  # no bound was obtained within the limits: it fits into no budget
+        epsilon = math.inf
+    return Charge(epsilon, _rdp(events, relation, delta))
+
+
+def _rdp(events: tuple[SampledGaussian, ...], relation: Relation, delta: float) -> float:
+    try:
+        accountant = RDPAccountant(relation=relation)
+    except ValueError:  # this relation has no Rényi bound here
+        return math.inf
+    return accountant.compose_all(events).epsilon(delta=delta)
+
+
+def related(members: Sequence[tuple[str, str | None]], dataset: str, group: str | None) -> list[int]:
+    """Which of ``members`` (data set, budget group) may hold the same records as ``dataset`` in ``group``.
+
+    Data sets are linked by sharing a name or a group, also through others; once linked, they stay linked.
+
+    >>> related([("notes", None), ("labs", "patients"), ("notes", "patients"), ("other", None)], "labs", None)
+    [0, 1, 2]
+    """
+    names, groups = {dataset}, {group} - {None}
+    found: set[int] = set()
+    while True:
+        more = {
+            index
+            for index, (name, member_group) in enumerate(members)
+            if index not in found and (name in names or member_group in groups)
+        }
+        if not more:
+            return sorted(found)
+        found |= more
+        names |= {members[index][0] for index in more}
+        groups |= {members[index][1] for index in more} - {None}

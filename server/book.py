@@ -1,0 +1,179 @@
+"""What the coordinator's ledger says, as plain values: a fold over its lines, without rules and without writing.
+
+``server/accountant.py`` decides and writes; this file only remembers. The same lines always give the same book.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.charge import related
+from common.errors import LedgerCorrupt
+from common.ledger import Entry
+from common.messages import Envelope, Reservation
+from common.privacy import SampledGaussian
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a data set may spend: in one run, and, where a lifetime is set, over all runs together.
+
+    Attributes:
+        target_epsilon, target_delta: of one run's envelope.
+        relation: neighbouring relation; unit: what one neighbour adds or removes.
+        lifetime_epsilon, lifetime_delta: bound of the sums Σε, Σδ over the envelopes of all runs; None: no such bound.
+            The strictest that was ever registered for a data set holds.
+    """
+
+    target_epsilon: float
+    target_delta: float
+    relation: str = "add_remove"
+    unit: str = "record"
+    lifetime_epsilon: float | None = None
+    lifetime_delta: float | None = None
+
+
+@dataclass(frozen=True)
+class Registration:
+    """One client's part in a run.
+
+    Attributes:
+        dataset: whose budget is spent; belongs to the client of that name.
+        budget: None for a run without privacy.
+        envelope: the most this client may spend in this run, one event per participation.
+        public_key: the client's, which signs refusals.
+        group: data sets of one client that may share a record are one budget.
+    """
+
+    dataset: str
+    budget: Budget | None
+    envelope: Envelope
+    public_key: str
+    group: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that is recorded."""
+        return {
+            "dataset": self.dataset,
+            "budget": None if self.budget is None else vars(self.budget).copy(),
+            "envelope": self.envelope.to_json(),
+            "public_key": self.public_key,
+            "group": self.group,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Registration:
+        """The inverse of ``to_json``."""
+        budget = None if value["budget"] is None else Budget(**value["budget"])
+        return cls(value["dataset"], budget, Envelope.from_json(value["envelope"]), value["public_key"], value["group"])
+
+
+@dataclass(eq=False)
+class Held:
+    """A reservation and what has become of it; ``head`` is the ledger's head when it was written."""
+
+    reservation: Reservation
+    participation: int
+    head: str
+    sending: bool = False
+    outcome: str | None = None
+    void: bool = False
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it counts: everything counts that was not voided."""
+        return not self.void
+
+
+@dataclass(eq=False)
+class Account:
+    """One client in one run: its registration, its envelope's ε (infinite without privacy), its reservations."""
+
+    registration: Registration
+    epsilon: float
+    held: list[Held] = field(default_factory=list)
+
+    def spent(self) -> list[Held]:
+        """The reservations that count."""
+        return [held for held in self.held if held.is_spent]
+
+    def events(self) -> tuple[SampledGaussian, ...]:
+        """The events that count, in the order of reservation."""
+        return tuple(held.reservation.event for held in self.spent() if held.reservation.event is not None)
+
+    def next_participation(self) -> int:
+        """The lowest place of the envelope that no counting reservation holds."""
+        taken = {held.participation for held in self.spent()}
+        return next(index for index in range(len(taken) + 1) if index not in taken)
+
+
+Request = tuple[str, int, str, int]
+"""(run, round, client, attempt): what a reservation answers to."""
+
+
+class Book:
+    """Everything the accountant decides on."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[str, Account]] = {}
+        self.reservations: dict[str, Held] = {}
+        self.requests: dict[Request, Held] = {}
+        self._kinds = {
+            "register": self._register,
+            "reserve": self._reserve,
+            "sending": self._sending,
+            "commit": self._commit,
+            "void": self._void,
+        }
+
+    def apply(self, entry: Entry) -> None:
+        """Take one line into account.
+
+        Raises:
+            LedgerCorrupt: the line is of a kind, or speaks of something, that this program never wrote.
+        """
+        try:
+            self._kinds[entry.kind](entry, entry.body)
+        except (KeyError, TypeError, ValueError) as error:
+            raise LedgerCorrupt(f"ledger line {entry.seq} ({entry.kind}) makes no sense here: {error!r}") from error
+
+    def related(self, client: str, dataset: str, group: str | None) -> list[Account]:
+        """The accounts, over all runs, that may hold the same records: same data set, or linked by a group.
+
+        Once two data sets were in one group, they stay linked.
+        """
+        accounts = [held[client] for held in self.runs.values() if client in held]
+        members = [(account.registration.dataset, account.registration.group) for account in accounts]
+        return [accounts[index] for index in related(members, dataset, group)]
+
+    def _register(self, entry: Entry, body: Mapping[str, Any]) -> None:
+        epsilon = math.inf if body["epsilon"] is None else float(body["epsilon"])
+        account = Account(Registration.from_json(body["registration"]), epsilon)
+        self.runs.setdefault(entry.scope, {})[body["client"]] = account
+
+    def _reserve(self, entry: Entry, body: Mapping[str, Any]) -> None:
+        reservation = Reservation.from_json(body["reservation"])
+        held = Held(reservation, body["participation"], entry.hash)
+        self.runs[reservation.run_id][reservation.client].held.append(held)
+        self.reservations[reservation.reservation_id] = held
+        self.requests[request_of(reservation)] = held
+
+    def _sending(self, _entry: Entry, body: Mapping[str, Any]) -> None:
+        for reservation_id in body["reservations"]:
+            self.reservations[reservation_id].sending = True
+
+    def _commit(self, _entry: Entry, body: Mapping[str, Any]) -> None:
+        for reservation_id, outcome in body["outcomes"].items():
+            held = self.reservations[reservation_id]
+            held.outcome, held.void = outcome, False
+
+    def _void(self, _entry: Entry, body: Mapping[str, Any]) -> None:
+        self.reservations[body["reservation_id"]].void = True
+
+
+def request_of(reservation: Reservation) -> Request:
+    """What ``reservation`` answers to."""
+    return (reservation.run_id, reservation.server_round, reservation.client, reservation.attempt)
