@@ -1,0 +1,292 @@
+"""The multiset of steps behind a PLD accountant: its moments, its grid and its product of spectra.
+
+A composition is a value. Extending it keeps a reference to what its ancestor had multiplied, so one more
+round costs one spectrum and one product; spectra are shared by all compositions of the process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from common.privacy import checks, gdp
+from common.privacy.checks import TooLarge
+from common.privacy.discretise import LADDER, LossGrid, discretise, log_moments
+from common.privacy.events import SampledGaussian
+from common.privacy.pairs import Array, dominating_pair
+from common.privacy.spectrum import Complex, Grid, Spectrum, Store, power, transform
+
+Key = tuple[float, float]  # noise multiplier, sample rate
+
+TOLERANCE: Final = 5e-5  # relative error of ε that the spacing aims at
+_RESERVE: Final = math.log(1e8)  # masses set aside (tails, folding) are about 1e-8 of δ
+_FEWEST, _MOST = 2**11, 2**22  # points of a transform
+_MOST_WORK: Final = 2**25  # points of all distinct transforms together: about 10 s and 2 GiB at the peak
+_COARSEST: Final = 0.02  # a predicted relative error of ε above this is refused
+_MOST_STEPS: Final = 10**9
+_STRONGEST: Final = 20.0  # largest sensitivity over noise of one step: beyond, e^loss leaves the doubles
+_WIDEST: Final = 12.0  # standard deviations resolved when moments are taken
+_SCALE: Final = float(2**60)  # moments are kept as integers in units of 2^-60, so that their sums are exact
+_CONVERSION: Final[Array] = LADDER * np.log(LADDER / (LADDER + 1)) - np.log1p(LADDER)
+
+
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """log E[e^(λ·loss)] of one step on the ladder, as Python integers in units of 2^-60; shape [2, len(LADDER)]."""
+
+    scaled: NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return 64 * int(self.scaled.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The spectra of ``steps`` steps multiplied on one grid, with what goes into the bound (see ``Spectrum``)."""
+
+    values: Complex
+    log_norm: Array
+    log_tail: Array
+    infinite: Array
+    moved: float
+    slack: float
+    steps: int
+
+    def times(self, spectrum: Spectrum, steps: int) -> Product:
+        """Return the product with ``steps`` more steps of one kind."""
+        return Product(
+            self.values * power(spectrum.values, steps),
+            self.log_norm + steps * spectrum.log_norm,
+            self.log_tail + steps * spectrum.log_tail,
+            self.infinite + steps * spectrum.infinite,
+            self.moved + steps * spectrum.moved,
+            self.slack + steps * spectrum.slack,
+            self.steps + steps,
+        )
+
+
+class Caches:
+    """What all compositions of a process share."""
+
+    def __init__(self, capacity: int) -> None:
+        self.moments: Store[_Moments] = Store(capacity // 8)
+        self.losses: Store[LossGrid] = Store(capacity // 4)
+        self.spectra: Store[Spectrum] = Store(capacity)
+
+
+_shared = Caches(192 * 2**20)
+
+
+def clear_caches() -> None:
+    """Forget all shared spectra (for measurements that must start cold)."""
+    global _shared
+    _shared = Caches(192 * 2**20)
+
+
+class Composition:
+    """The steps taken so far, under one relation.
+
+    Attributes:
+        relation: neighbouring relation.
+        events: what was composed, in order.
+        counts: steps per (noise multiplier, sample rate): the multiset that fixes every answer.
+        steps: all steps together.
+    """
+
+    __slots__ = ("_moments", "_products", "counts", "events", "relation", "steps")
+
+    def __init__(self, relation: checks.Relation) -> None:
+        self.relation = relation
+        self.events: tuple[SampledGaussian, ...] = ()
+        self.counts: Mapping[Key, int] = {}
+        self.steps = 0
+        # What this composition or an ancestor has worked out, each with the number of events it covers.
+        self._moments: tuple[int, NDArray[Any]] = (0, np.zeros((2, len(LADDER)), dtype=object))
+        self._products: dict[Grid, tuple[int, Product]] = {}
+
+    def extended(self, added: tuple[SampledGaussian, ...]) -> Composition:
+        """Return the composition with ``added`` on top."""
+        child = Composition(self.relation)
+        child.events = self.events + added
+        child.counts = _counted(added, self.counts)
+        child.steps = self.steps + sum(event.steps for event in added)
+        if child.steps > _MOST_STEPS:
+            raise TooLarge(f"steps must be at most {_MOST_STEPS} in all to be computed soundly, got {child.steps}")
+        child._moments, child._products = self._moments, dict(self._products)
+        return child
+
+    @property
+    def directions(self) -> int:
+        """1 where the dominating pairs are symmetric, else 2."""
+        return 1 if self.relation == "replace_one" else 2
+
+    def gaussian_mu(self) -> float:
+        """Return μ of all unsampled steps together (0 when there is none), the same in any order."""
+        shift = gdp.sensitivity(self.relation)
+        return math.sqrt(math.fsum(n * (shift / s) ** 2 for (s, q), n in self.counts.items() if q == 1))
+
+    def only_gaussian(self) -> bool:
+        """Return whether every step is unsampled: then the composition is exactly one Gaussian."""
+        return all(q == 1 for _, q in self.counts)
+
+    def rough_delta(self, epsilon: float) -> float:
+        """Return a δ near δ(``epsilon``), to choose a grid by."""
+        log_delta = float(np.min(self._composed_moments() + _CONVERSION - LADDER * epsilon, axis=1).max())
+        return math.exp(min(max(log_delta, math.log(1e-18)), math.log(0.5)))
+
+    def grid(self, delta: float, spacing: float = math.inf, reach: float = 0.0) -> Grid:
+        """Choose the grid for a query near ``delta``, no coarser than ``spacing`` and resolving losses to ``reach``."""
+        distinct = [n for (_, q), n in self.counts.items() if q < 1]
+        if len(distinct) < len(self.counts):
+            distinct.append(1)  # the merged Gaussian
+        return choose_grid(self._composed_moments(), sum(distinct), len(distinct), delta, spacing, reach)
+
+    def _composed_moments(self) -> Array:
+        """Return log E[e^(λ·loss)] of everything composed, on the ladder; shape [directions, len(LADDER)]."""
+        covered, moments = self._moments
+        for key, steps in sorted(_counted(self.events[covered:]).items()):
+            moments = moments + steps * _step_moments(key, self.relation)
+        self._moments = (len(self.events), moments)
+        gaussian = self.gaussian_mu() ** 2 * LADDER * (LADDER + 1) / 2
+        return np.asarray(moments[: self.directions].astype(float) / _SCALE + gaussian)
+
+    def product(self, grid: Grid) -> Product:
+        """Return the product of all spectra on ``grid``, the unsampled steps merged into one Gaussian."""
+        covered, product = self._products.get(grid, (0, _unit(grid, self.directions)))
+        for key, steps in sorted(_counted(self.events[covered:]).items()):
+            if key[1] < 1:
+                product = product.times(_step_spectrum(key, self.relation, grid), steps)
+        while len(self._products) > 1 and grid not in self._products:
+            del self._products[next(iter(self._products))]
+        self._products[grid] = (len(self.events), product)
+        mu = self.gaussian_mu()
+        return (
+            product.times(_spectrum((1 / mu * (1 - 1e-15), 1.0), "add_remove", grid, self.directions), 1)
+            if mu
+            else product
+        )
+
+
+def _counted(events: Iterable[SampledGaussian], start: Mapping[Key, int] | None = None) -> dict[Key, int]:
+    """Return the number of steps of each kind."""
+    counts = dict(start or {})
+    for event in events:
+        key = (event.noise_multiplier, event.sample_rate)
+        counts[key] = counts.get(key, 0) + event.steps
+    return counts
+
+
+def _unit(grid: Grid, directions: int) -> Product:
+    """Return the product of nothing."""
+    zero = np.zeros(directions)
+    return Product(np.ones((directions, grid.size // 2 + 1), complex), zero, zero, zero, 0.0, 0.0, 0)
+
+
+def _refuse_strong(key: Key, relation: checks.Relation) -> None:
+    shift = gdp.sensitivity(relation)
+    if shift / key[0] > _STRONGEST:
+        raise TooLarge(
+            f"noise_multiplier must be at least {shift / _STRONGEST:g} under {relation} for a sampled event "
+            f"to be computed soundly, got {key[0]!r}"
+        )
+
+
+def _step_moments(key: Key, relation: checks.Relation) -> NDArray[Any]:
+    """Return the moments of one step on the ladder as integers; zero for an unsampled step (see ``gaussian_mu``)."""
+    if key[1] == 1:
+        return np.zeros((2, len(LADDER)), dtype=object)
+    _refuse_strong(key, relation)
+    cost = "replace_one" if relation == "replace_one" else "add_remove"
+
+    def make() -> _Moments:
+        values = np.stack(log_moments(dominating_pair(*key, relation), _WIDEST))
+        return _Moments(np.array([[int(v) for v in row] for row in np.rint(values * _SCALE)], dtype=object))
+
+    return _shared.moments.get((key, cost), make).scaled
+
+
+def _step_spectrum(key: Key, relation: checks.Relation, grid: Grid) -> Spectrum:
+    """Return the spectrum of one step on ``grid``, from the shared store."""
+    cost: checks.Relation = "replace_one" if relation == "replace_one" else "add_remove"
+    return _spectrum(key, cost, grid, 1 if cost == "replace_one" else 2)
+
+
+def _spectrum(key: Key, cost: checks.Relation, grid: Grid, directions: int) -> Spectrum:
+    below, above = grid.top[-1], grid.top[0]
+
+    def losses() -> LossGrid:
+        pair = dominating_pair(*key, cost)
+        return discretise(pair, grid.spacing, below=below, above=above, width=grid.width)
+
+    def make() -> Spectrum:
+        held = _shared.losses.get((key, cost, grid.spacing, below, above, grid.width), losses)
+        return transform(held, grid, directions)
+
+    return _shared.spectra.get((key, cost, grid, directions), make)
+
+
+def choose_grid(
+    moments: Array, steps: int, distinct: int, delta: float, spacing: float = math.inf, reach: float = 0.0
+) -> Grid:
+    """Choose spacing, window, tilt and orders from the composition's moments.
+
+    Args:
+        moments: log E[e^(λ·loss)] of the whole composition on the ladder; shape [directions, len(LADDER)].
+        steps: T, the number of steps that are discretised.
+        distinct: the number of different kinds of steps among them.
+        delta: the δ of interest.
+        spacing: an upper limit on h.
+        reach: a loss that the window must cover.
+
+    Raises:
+        TooLarge: if no grid within the limits of memory and time gives a useful bound.
+    """
+    log_inverse = -math.log(delta)
+    bound = (moments + _CONVERSION + log_inverse) / LADDER  # ε at Rényi order λ + 1 (Canonne et al. 2020, Prop. 12)
+    highest = (moments + log_inverse + _RESERVE) / LADDER
+    targets, order = np.min(bound, axis=1), LADDER[np.argmin(highest, axis=1)]
+    tops = np.maximum(np.min(highest, axis=1), 1.1 * reach)
+    target = max(float(targets.max()), float(tops.max()) / 100)
+    tilt, lengths = zip(*(_choose_tilt(k, log_inverse, max(e, 0.0)) for k, e in zip(moments, targets, strict=True)))
+    wanted = math.sqrt(12 * TOLERANCE * target / ((max(tilt) + 1) * steps))
+    window = max(float(tops.max()) * 2**0.25, *lengths)
+    most = min(_MOST, 2 ** int(math.log2(_MOST_WORK / distinct)))
+    finest = window / most * 1.01
+    step = max(min(wanted, spacing, window / _FEWEST), finest)
+    if not math.isfinite(step) or (max(tilt) + 1) * steps * step**2 / 12 > _COARSEST * target:
+        raise TooLarge(
+            f"this composition ({steps} steps of {distinct} kinds, ε near {target:.3g}) cannot be computed soundly "
+            f"within {_MOST_WORK} grid points; it was refused rather than approximated"
+        )
+    h = 2.0 ** math.floor(math.log2(step)) if step > finest else 2.0 ** math.ceil(math.log2(step))
+    ladder_tops = [math.ceil(2 ** (math.ceil(4 * math.log2(top)) / 4) / h) for top in tops]
+    size = 2 ** math.ceil(math.log2(max(window / h, max(ladder_tops) + 2)))
+    width = math.ceil(-2 * float(ndtri(delta * 1e-8 / steps))) / 2
+    return Grid(h, size, tuple(ladder_tops), tilt, tuple(order.tolist()), width)
+
+
+def _choose_tilt(moments: Array, log_inverse: float, epsilon: float) -> tuple[float, float]:
+    """Return the tilt θ that needs the shortest window in one direction, and that window's length in nats.
+
+    Folding moves mass down by N h, where it weighs e^(θ N h) times as much, and up, where it weighs e^(−θ N h) times as
+    much. Both stay below 1e-8 of δ when N h is at least the length returned. Tilts far from the saddle would let
+    the transform's floating error grow by more than e^8, and are left out.
+    """
+    looseness = moments - LADDER * epsilon + log_inverse
+    gap = LADDER[None, :] - LADDER[:, None]
+    with np.errstate(divide="ignore"):
+        down = (moments[None, :] - LADDER[:, None] * epsilon / 2 + log_inverse + _RESERVE) / np.where(
+            gap > 0, gap, np.nan
+        )
+    down = np.nanmin(np.where(gap > 0, down, np.inf), axis=1)
+    length = np.maximum(down, (log_inverse + _RESERVE) / LADDER)
+    length[looseness > looseness.min() + 8] = np.inf
+    best = int(np.argmin(length))
+    return float(LADDER[best]), float(length[best])
