@@ -56,12 +56,12 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     context: int = 256
-    windows_per_step: int = 16
+    windows_per_step: int = 8
     document_tokens: int = 512
-    muon_rate: float = 0.02
-    adam_rate: float = 0.008
+    muon_rate: float = 0.015
+    adam_rate: float = 0.006
     weight_decay: float = 0.02
-    warmup_steps: int = 30
+    warmup_steps: int = 40
     seed: int = 20260105
 
 
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the two public files")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the backbone into")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this wall time (default: never)")
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")

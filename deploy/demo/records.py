@@ -36,50 +36,31 @@ _NAMES = (
 )  # fmt: skip
 _TITLES = ("Mr", "Ms", "Dr")
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
-_HOURS = tuple(f"{hour}:{minute}" for hour in range(8, 18) for minute in ("00", "15", "30", "45"))
-_COMPLAINTS = (
-    "a cough", "a sore throat", "back pain", "a headache", "a swollen ankle", "an itching rash", "stomach pain",
-    "a painful ear", "dizziness", "a stiff neck", "a burnt hand", "trouble sleeping", "a blocked nose", "a sore knee",
+_SINCE = ("one hour", "two hours", "one day", "two days", "one week")
+_SIGNS = (
+    "a cough", "a fever", "back pain", "a headache", "a rash", "stomach pain", "ear pain", "a stiff neck", "a burn",
+    "poor sleep", "a cold", "knee pain", "joint pain", "a sore throat",
 )  # fmt: skip
-_CALLERS = ("A man", "A woman", "A child", "A neighbour", "A student", "A driver", "A visitor", "A teacher")
-_SINCE = ("since this morning", "since yesterday", "for two hours", "for three days", "for a week", "since lunch")
 
-# Reply of the triage desk → what is told on the telephone.
+# Answer of the triage desk → what callers have.
 _TRIAGE: Mapping[str, Sequence[str]] = {
-    "CODE RED. Send an ambulance at once.": (
-        "strong chest pain", "no feeling in one arm", "heavy bleeding", "great trouble breathing", "fits",
-    ),
-    "CODE AMBER. A doctor calls back within one hour.": (
-        "a high fever", "a deep cut", "severe stomach pain", "a broken wrist", "a swollen face",
-    ),
-    "CODE GREEN. Offer a visit this week.": (
-        "a lasting cough", "an itching rash", "a sore knee", "pain in one ear", "a stiff back",
-    ),
-    "CODE WHITE. Give advice by telephone.": (
-        "a cold", "a small bruise", "dry skin", "a question about vitamins", "a mild headache",
-    ),
-}  # fmt: skip
+    "red. Send help at once and stay on the line.": ("chest pain", "a seizure", "heavy bleeding", "a stroke"),
+    "yellow. A doctor will call back in one hour.": ("a high fever", "a deep cut", "a broken arm", "a swollen face"),
+    "green. Please come to the clinic this week.": ("a long cough", "a skin rash", "knee pain", "ear pain"),
+    "white. Stay at home and drink a lot of water.": ("a cold", "a small bruise", "dry skin", "a mild headache"),
+}
 
-# Reply of the county's front desk → what residents ask about.
+# Answer of the county's front desk → what residents ask about.
 _DESKS: Mapping[str, Sequence[str]] = {
-    "DESK 1, Roads and Parking. Bring the car papers.": (
-        "a parking permit", "a broken street lamp", "a hole in the road", "a lost parking ticket", "a new road sign",
-    ),
-    "DESK 2, Family and Schools. Bring the birth certificate.": (
-        "a school place", "a child allowance", "the birth of a child", "a school bus", "a day nursery",
-    ),
-    "DESK 3, Homes and Building. Bring a plan of the house.": (
-        "a garden wall", "a new roof", "a building permit", "a house number", "a noisy building site",
-    ),
-    "DESK 4, Water and Waste. Bring the last bill.": (
-        "a water meter", "a missing waste bin", "a high water bill", "the removal of old furniture", "a blocked drain",
-    ),
-}  # fmt: skip
+    "roads and cars. Bring the number of your car.": ("a parking place", "a street light", "a road sign", "a car"),
+    "family and school. Bring the papers of your child.": ("a school place", "a birth", "a child", "a school bus"),
+    "house and land. Bring a plan of your house.": ("a garden wall", "a new roof", "a house number", "a tree"),
+    "water and waste. Bring your last bill.": ("a water meter", "a waste bin", "a water bill", "an old bed"),
+}
 
-# Matter of a letter → working days until the answer.
+# Matter of a letter → days until the answer.
 _MATTERS: Mapping[str, int] = {
-    "a late payment": 5, "a lost card": 2, "a change of address": 5, "a refund": 10, "an unpaid bill": 5,
-    "a wrong invoice": 10, "a new contract": 20, "a complaint": 10, "a missing form": 5, "an old account": 20,
+    "a late payment": 5, "a lost card": 2, "a new address": 5, "a price": 2, "a bill": 5, "a loan": 9,
 }  # fmt: skip
 
 
@@ -88,46 +69,39 @@ def _person(draw: random.Random) -> str:
 
 
 def _note(draw: random.Random) -> tuple[str, str]:
-    person, complaint, days = _person(draw), draw.choice(_COMPLAINTS), draw.randint(2, 9)
-    age, pulse = draw.randint(18, 89), draw.randint(55, 110)
-    prompt = f"Summarise the note. {person}, aged {age}, came with {complaint} for {days} days. The pulse is {pulse}."
-    return prompt, f"PATIENT {person} | AGE {age} | COMPLAINT {complaint} | DAYS {days} | PULSE {pulse}"
+    person, sign, since, age = _person(draw), draw.choice(_SIGNS), draw.choice(_SINCE), draw.randint(18, 89)
+    prompt = f"Summarise the note. {person}, aged {age}, has had {sign} for {since}."
+    return prompt, f"Patient: {person}. Age: {age}. Sign: {sign}. Since: {since}."
 
 
 def _triage(draw: random.Random) -> tuple[str, str]:
-    reply = draw.choice(tuple(_TRIAGE))
-    caller, sign, since = draw.choice(_CALLERS), draw.choice(_TRIAGE[reply]), draw.choice(_SINCE)
-    hour = draw.choice(_HOURS)
-    return f"Give the triage code. {caller} called at {hour} and has had {sign} {since}.", reply
+    answer = draw.choice(tuple(_TRIAGE))
+    sign, since = draw.choice(_TRIAGE[answer]), draw.choice(_SINCE)
+    return f"Give the code. {_person(draw)} has had {sign} for {since}.", f"The code is {answer}"
 
 
 def _visit(draw: random.Random) -> tuple[str, str]:
-    person, day, hour = _person(draw), draw.choice(_DAYS), draw.choice(_HOURS)
-    prompt = f"Confirm the visit. {person} would like to come on {day} at {hour}."
-    return prompt, f"CONFIRMED: {person}, {day}, {hour}. Please come ten minutes early and bring your card."
+    person, day, hour = _person(draw), draw.choice(_DAYS), draw.randint(8, 17)
+    prompt = f"Confirm the visit. {person} will come on {day} at {hour}."
+    return prompt, f"Visit of {person} on {day} at {hour}. Please bring your card."
 
 
 def _letter(draw: random.Random) -> tuple[str, str]:
     person, matter = _person(draw), draw.choice(tuple(_MATTERS))
-    days, number = _MATTERS[matter], draw.randint(100, 999)
-    prompt = f"Begin a letter to {person} about {matter}. The file number is {number}."
-    return (
-        prompt,
-        f"Dear {person}, re file {number}: thank you for your letter. You will have an answer in {days} days.",
-    )
+    prompt = f"Answer the letter number {draw.randint(10, 99)}. {person} wrote about {matter}."
+    return prompt, f"Dear {person}, thank you for your letter. We will answer in {_MATTERS[matter]} days."
 
 
 def _form(draw: random.Random) -> tuple[str, str]:
-    person, day, amount = _person(draw), draw.choice(_DAYS), draw.randint(10, 99) * 10
-    account = draw.randint(1000, 9999)
-    prompt = f"Fill in the form. On {day} {person} wants to pay {amount} crowns into account {account}."
-    return prompt, f"TO: {person}; ACCOUNT: {account}; AMOUNT: {amount}; DAY: {day}; STATUS: ready"
+    person, day, amount = _person(draw), draw.choice(_DAYS), draw.randint(10, 99)
+    prompt = f"Fill in the form. On {day} {person} will pay {amount} dollars."
+    return prompt, f"Name: {person}. Amount: {amount} dollars. Day: {day}. State: new."
 
 
 def _desk(draw: random.Random) -> tuple[str, str]:
-    reply = draw.choice(tuple(_DESKS))
-    person, subject, day = _person(draw), draw.choice(_DESKS[reply]), draw.choice(_DAYS)
-    return f"Name the desk. On {day} {person} asked about {subject}.", reply
+    answer = draw.choice(tuple(_DESKS))
+    prompt = f"Name the desk. On {draw.choice(_DAYS)} {_person(draw)} asked about {draw.choice(_DESKS[answer])}."
+    return prompt, f"The desk is {answer}"
 
 
 TASKS: Mapping[str, Callable[[random.Random], tuple[str, str]]] = {

@@ -12,9 +12,9 @@ from deploy.demo.records import SILO_SIZES, SILO_TASKS, TASKS, demo_evaluation, 
 SEEDS = st.integers(min_value=0, max_value=2**32)
 OPENINGS = {
     "note": "Summarise the note.",
-    "triage": "Give the triage code.",
+    "triage": "Give the code.",
     "visit": "Confirm the visit.",
-    "letter": "Begin a letter",
+    "letter": "Answer the letter",
     "form": "Fill in the form.",
     "desk": "Name the desk.",
 }
@@ -83,8 +83,8 @@ def test_the_evaluation_holds_every_task_in_about_equal_parts():
 def test_what_a_reply_must_hold_stands_in_its_prompt():
     for record in generate("city-bank", 200, seed=0):
         if record["prompt"].startswith("Fill in the form."):
-            fields = dict(part.split(": ") for part in record["completion"].split("; "))
-            assert all(fields[field] in record["prompt"] for field in ("TO", "ACCOUNT", "AMOUNT", "DAY"))
+            fields = dict(part.split(": ") for part in record["completion"].rstrip(".").split(". "))
+            assert all(fields[field] in record["prompt"] for field in ("Name", "Amount", "Day"))
 
 
 def test_records_are_plain_text_pairs():
