@@ -13,27 +13,21 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
 
-from common.privacy import checks, gdp
+from common.privacy import checks, gdp, grids
 from common.privacy.checks import TooLarge
 from common.privacy.discretise import LADDER, LossGrid, discretise, log_moments
 from common.privacy.events import SampledGaussian
+from common.privacy.grids import Grid, Window
 from common.privacy.pairs import Array, dominating_pair
-from common.privacy.spectrum import Complex, Grid, Spectrum, Store, power, transform
+from common.privacy.spectrum import Complex, Spectrum, Store, power, transform
 
 Key = tuple[float, float]  # noise multiplier, sample rate
 
-TOLERANCE: Final = 5e-5  # relative error of ε that the spacing aims at
-_RESERVE: Final = math.log(1e8)  # masses set aside (tails, folding) are about 1e-8 of δ
-_FEWEST, _MOST = 2**11, 2**22  # points of a transform
-_MOST_WORK: Final = 2**25  # points of all distinct transforms together: about 10 s and 2 GiB at the peak
-_COARSEST: Final = 0.02  # a predicted relative error of ε above this is refused
 _MOST_STEPS: Final = 10**9
 _STRONGEST: Final = 20.0  # largest sensitivity over noise of one step: beyond, e^loss leaves the doubles
 _WIDEST: Final = 12.0  # standard deviations resolved when moments are taken
 _SCALE: Final = float(2**60)  # moments are kept as integers in units of 2^-60, so that their sums are exact
-_CONVERSION: Final[Array] = LADDER * np.log(LADDER / (LADDER + 1)) - np.log1p(LADDER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +132,14 @@ class Composition:
 
     def rough_delta(self, epsilon: float) -> float:
         """Return a δ near δ(``epsilon``), to choose a grid by."""
-        log_delta = float(np.min(self._composed_moments() + _CONVERSION - LADDER * epsilon, axis=1).max())
-        return math.exp(min(max(log_delta, math.log(1e-18)), math.log(0.5)))
+        return grids.rough_delta(self._composed_moments(), epsilon)
 
-    def grid(self, delta: float, spacing: float = math.inf, reach: float = 0.0) -> Grid:
+    def window(self, delta: float, spacing: float = math.inf, reach: float = 0.0) -> Window:
         """Choose the grid for a query near ``delta``, no coarser than ``spacing`` and resolving losses to ``reach``."""
         distinct = [n for (_, q), n in self.counts.items() if q < 1]
         if len(distinct) < len(self.counts):
             distinct.append(1)  # the merged Gaussian
-        return choose_grid(self._composed_moments(), sum(distinct), len(distinct), delta, spacing, reach)
+        return grids.choose(self._composed_moments(), sum(distinct), len(distinct), delta, spacing, reach)
 
     def _composed_moments(self) -> Array:
         """Return log E[e^(λ·loss)] of everything composed, on the ladder; shape [directions, len(LADDER)]."""
@@ -219,7 +212,7 @@ def _step_spectrum(key: Key, relation: checks.Relation, grid: Grid) -> Spectrum:
 
 
 def _spectrum(key: Key, cost: checks.Relation, grid: Grid, directions: int) -> Spectrum:
-    below, above = grid.top[-1], grid.top[0]
+    below, above = grid.cap[-1], grid.cap[0]
 
     def losses() -> LossGrid:
         pair = dominating_pair(*key, cost)
@@ -230,63 +223,3 @@ def _spectrum(key: Key, cost: checks.Relation, grid: Grid, directions: int) -> S
         return transform(held, grid, directions)
 
     return _shared.spectra.get((key, cost, grid, directions), make)
-
-
-def choose_grid(
-    moments: Array, steps: int, distinct: int, delta: float, spacing: float = math.inf, reach: float = 0.0
-) -> Grid:
-    """Choose spacing, window, tilt and orders from the composition's moments.
-
-    Args:
-        moments: log E[e^(λ·loss)] of the whole composition on the ladder; shape [directions, len(LADDER)].
-        steps: T, the number of steps that are discretised.
-        distinct: the number of different kinds of steps among them.
-        delta: the δ of interest.
-        spacing: an upper limit on h.
-        reach: a loss that the window must cover.
-
-    Raises:
-        TooLarge: if no grid within the limits of memory and time gives a useful bound.
-    """
-    log_inverse = -math.log(delta)
-    bound = (moments + _CONVERSION + log_inverse) / LADDER  # ε at Rényi order λ + 1 (Canonne et al. 2020, Prop. 12)
-    highest = (moments + log_inverse + _RESERVE) / LADDER
-    targets, order = np.min(bound, axis=1), LADDER[np.argmin(highest, axis=1)]
-    tops = np.maximum(np.min(highest, axis=1), 1.1 * reach)
-    target = max(float(targets.max()), float(tops.max()) / 100)
-    tilt, lengths = zip(*(_choose_tilt(k, log_inverse, max(e, 0.0)) for k, e in zip(moments, targets, strict=True)))
-    wanted = math.sqrt(12 * TOLERANCE * target / ((max(tilt) + 1) * steps))
-    window = max(float(tops.max()) * 2**0.25, *lengths)
-    most = min(_MOST, 2 ** int(math.log2(_MOST_WORK / distinct)))
-    finest = window / most * 1.01
-    step = max(min(wanted, spacing, window / _FEWEST), finest)
-    if not math.isfinite(step) or (max(tilt) + 1) * steps * step**2 / 12 > _COARSEST * target:
-        raise TooLarge(
-            f"this composition ({steps} steps of {distinct} kinds, ε near {target:.3g}) cannot be computed soundly "
-            f"within {_MOST_WORK} grid points; it was refused rather than approximated"
-        )
-    h = 2.0 ** math.floor(math.log2(step)) if step > finest else 2.0 ** math.ceil(math.log2(step))
-    ladder_tops = [math.ceil(2 ** (math.ceil(4 * math.log2(top)) / 4) / h) for top in tops]
-    size = 2 ** math.ceil(math.log2(max(window / h, max(ladder_tops) + 2)))
-    width = math.ceil(-2 * float(ndtri(delta * 1e-8 / steps))) / 2
-    return Grid(h, size, tuple(ladder_tops), tilt, tuple(order.tolist()), width)
-
-
-def _choose_tilt(moments: Array, log_inverse: float, epsilon: float) -> tuple[float, float]:
-    """Return the tilt θ that needs the shortest window in one direction, and that window's length in nats.
-
-    Folding moves mass down by N h, where it weighs e^(θ N h) times as much, and up, where it weighs e^(−θ N h) times as
-    much. Both stay below 1e-8 of δ when N h is at least the length returned. Tilts far from the saddle would let
-    the transform's floating error grow by more than e^8, and are left out.
-    """
-    looseness = moments - LADDER * epsilon + log_inverse
-    gap = LADDER[None, :] - LADDER[:, None]
-    with np.errstate(divide="ignore"):
-        down = (moments[None, :] - LADDER[:, None] * epsilon / 2 + log_inverse + _RESERVE) / np.where(
-            gap > 0, gap, np.nan
-        )
-    down = np.nanmin(np.where(gap > 0, down, np.inf), axis=1)
-    length = np.maximum(down, (log_inverse + _RESERVE) / LADDER)
-    length[looseness > looseness.min() + 8] = np.inf
-    best = int(np.argmin(length))
-    return float(LADDER[best]), float(length[best])

@@ -37,17 +37,14 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Final, Self
 
-import numpy as np
-from scipy import fft
-
 from common.privacy import checks, gdp
-from common.privacy.composition import TOLERANCE, Composition, Product
-from common.privacy.discretise import ULP
+from common.privacy.composition import Composition
 from common.privacy.events import SampledGaussian, checked
-from common.privacy.pairs import Array
-from common.privacy.spectrum import Grid
+from common.privacy.grids import TOLERANCE
+from common.privacy.profile import Profile
 
 _REFINED: Final = 2**18  # a finer grid is tried only up to this many points
+_LOWER_GAP: Final = 2e-3  # relative distance that the lower side aims at
 
 
 class PLDAccountant:
@@ -104,6 +101,15 @@ class PLDAccountant:
         """
         return self._answer("delta", checks.nonnegative(epsilon=epsilon), self._delta)
 
+    def epsilon_lower(self, delta: float) -> float:
+        """Return an ε that the smallest true one at ``delta`` is not below (for audits; see ``profile``).
+
+        Raises:
+            ValueError: for δ outside [1e-15, 1).
+            TooLarge: (a ``ValueError``) if it cannot be computed soundly within the limits.
+        """
+        return self._answer("epsilon_lower", checks.delta_above_floor(delta=delta), self._epsilon_lower)
+
     def _answer(self, what: str, argument: float, compute: Callable[[float], float]) -> float:
         if not self._composition.counts:
             return 0.0
@@ -114,79 +120,29 @@ class PLDAccountant:
     def _epsilon(self, delta: float) -> float:
         if self._composition.only_gaussian():
             return gdp.gdp_epsilon(self._composition.gaussian_mu(), delta)
-        grid = self._composition.grid(delta)
+        window = self._composition.window(delta)
         while True:
-            epsilon = Profile(self._composition.product(grid), grid).epsilon(delta)
-            error = (max(grid.tilt) + 1) * self._composition.steps * grid.spacing**2 / 12
-            if error <= 2 * TOLERANCE * epsilon or epsilon == 0 or 2 * grid.size > _REFINED:
+            grid = window.grid
+            epsilon = Profile(self._composition.product(grid), window).epsilon(delta)
+            if window.error <= 2 * TOLERANCE * epsilon or epsilon == 0 or grid.size >= _REFINED:
                 return epsilon
-            finer = self._composition.grid(delta, spacing=grid.spacing * math.sqrt(TOLERANCE * epsilon / error))
-            if finer.size > _REFINED:
-                finer = self._composition.grid(delta, spacing=grid.spacing * grid.size / _REFINED)
-            grid = finer
+            spacing = grid.spacing * max(math.sqrt(TOLERANCE * epsilon / window.error), grid.size / _REFINED)
+            window = self._composition.window(delta, spacing=spacing)
 
     def _delta(self, epsilon: float) -> float:
         if self._composition.only_gaussian():
             return gdp.gdp_delta(self._composition.gaussian_mu(), epsilon)
-        grid = self._composition.grid(self._composition.rough_delta(epsilon), reach=epsilon)
-        return min(1.0, Profile(self._composition.product(grid), grid).delta(epsilon))
+        window = self._composition.window(self._composition.rough_delta(epsilon), reach=epsilon)
+        return min(1.0, Profile(self._composition.product(window.grid), window).delta(epsilon))
 
-
-class Profile:
-    """δ(ε) of a product of spectra: the sums of step 2 of the module's proof, on the grid's own losses."""
-
-    def __init__(self, product: Product, grid: Grid) -> None:
-        self._directions = [_Direction(product, grid, d) for d in range(len(grid.top))]
-
-    def epsilon(self, delta: float) -> float:
-        """Return the smallest ε >= 0 with δ(ε) <= ``delta`` in both directions."""
-        return max(direction.epsilon(delta) for direction in self._directions)
-
-    def delta(self, epsilon: float) -> float:
-        """Return δ(``epsilon``), the larger of both directions."""
-        return max(direction.delta(epsilon) for direction in self._directions)
-
-
-class _Direction:
-    def __init__(self, product: Product, grid: Grid, d: int) -> None:
-        top, h, tilt = grid.top[d], grid.spacing, grid.tilt[d]
-        stages = 10 * math.log2(grid.size) * ULP
-        noise = (product.steps * (stages + 5 * ULP) + stages) * 1.01
-        folded = fft.irfft(product.values[d], grid.size)[: top + 1] + noise
-        self.loss = np.arange(top + 1) * h
-        exponent = product.log_norm[d] - tilt * self.loss + product.slack
-        mass = np.maximum(folded, 0) * np.exp(np.minimum(exponent + 1e-12 * np.abs(exponent), 600))
-        beyond = product.log_tail[d] - grid.order[d] * top * h
-        self.always = float(product.infinite[d] + math.exp(min(0.0, beyond + product.slack + 1e-12 * abs(beyond))))
-        rounding = 4 * grid.size * ULP
-        self.above = _sums_above(mass) * (1 + rounding)
-        self.discounted = _sums_above(mass * np.exp(-self.loss)) * (1 - rounding)
-
-    def deltas(self) -> Array:
-        """Return δ at every grid loss taken as ε; non-increasing up to rounding."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.asarray(self.always + self.above - np.exp(self.loss) * self.discounted)
-
-    def epsilon(self, delta: float) -> float:
-        met = self.deltas() <= delta
-        if not met[-1]:
-            return math.inf
-        last_unmet = len(met) - 1 - int(np.argmax(~met[::-1])) if not met.all() else -1
-        if last_unmet < 0:
+    def _epsilon_lower(self, delta: float) -> float:
+        if self._composition.only_gaussian():
+            return gdp.gdp_epsilon(self._composition.gaussian_mu(), delta) * (1 - 1e-9)
+        upper = self.epsilon(delta)
+        if upper == 0 or math.isinf(upper):
             return 0.0
-        ratio = (self.always + self.above[last_unmet] - delta) / self.discounted[last_unmet]
-        return max(0.0, math.log(ratio) * (1 + 1e-13))
-
-    def delta(self, epsilon: float) -> float:
-        """Return δ(``epsilon``); 1 where ε lies above the window."""
-        below = int(epsilon / self.loss[1])
-        if below >= len(self.loss) - 1:
-            return 1.0
-        return self.always + max(0.0, float(self.above[below] - math.exp(epsilon) * self.discounted[below]))
-
-
-def _sums_above(mass: Array) -> Array:
-    """Return Σ_(j > i) mass_j for every i."""
-    total = np.zeros_like(mass)
-    total[:-1] = np.cumsum(mass[:0:-1])[::-1]
-    return total
+        coarse = self._composition.window(delta).grid
+        wanted = _LOWER_GAP * upper / math.sqrt(2 * self._composition.steps * -math.log(1e-3 * delta))
+        spacing = min(coarse.spacing, max(wanted, coarse.spacing * coarse.size / _REFINED))
+        window = self._composition.window(delta, spacing=spacing)
+        return Profile(self._composition.product(window.grid), window).epsilon_lower(delta)

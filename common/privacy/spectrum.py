@@ -7,6 +7,7 @@ relative to the probabilities near the ε that is asked for, not to 1, which is 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -16,33 +17,12 @@ from typing import Final, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
-from scipy.special import logsumexp
 
-from common.privacy.discretise import ULP, LossGrid
+from common.privacy.discretise import ULP, LossGrid, log_sum_exp
+from common.privacy.grids import Grid
 
 Complex = NDArray[np.complex128]
 CACHE_BYTES: Final = 192 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Where and how finely losses are resolved; a function of what is composed and of δ alone.
-
-    Attributes:
-        spacing: h in nats, a power of two.
-        size: number of points N of the transform, a power of two.
-        top: highest loss index of the window, per direction (remove, add).
-        tilt: θ per direction.
-        order: order λ of the Chernoff bound on the mass above the window, per direction.
-        width: how many standard deviations of one step's noise are resolved.
-    """
-
-    spacing: float
-    size: int
-    top: tuple[int, ...]
-    tilt: tuple[float, ...]
-    order: tuple[float, ...]
-    width: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +64,11 @@ def transform(losses: LossGrid, grid: Grid, directions: int) -> Spectrum:
         loss = sign * index * losses.spacing
         log_p = log_mass + loss if d == 0 else log_mass
         tilted = log_p + grid.tilt[d] * loss
-        log_norm[d] = logsumexp(tilted)
-        log_tail[d] = logsumexp(log_p + grid.order[d] * loss)
-        p = np.exp(tilted - log_norm[d])
-        circular[d] = np.bincount((sign * index) % grid.size, p, grid.size)
-        largest = max(largest, abs(log_norm[d]) + float(np.max(np.abs(tilted[p > 0]))))
+        p = np.exp(tilted - tilted.max())
+        log_norm[d] = math.log(p.sum()) + tilted.max()
+        log_tail[d] = log_sum_exp(log_p + grid.order[d] * loss)
+        circular[d] = np.bincount((sign * index) % grid.size, p / p.sum(), grid.size)
+        largest = max(largest, float(np.max(np.abs(tilted[p > 0]))), float(np.max(np.abs(loss))) * (grid.order[d] + 1))
     infinite = np.array([losses.infinite_remove, losses.infinite_add])[:directions]
     return Spectrum(fft.rfft(circular), log_norm, log_tail, infinite, losses.moved, 16 * ULP * (1 + largest))
 

@@ -1,0 +1,137 @@
+"""Choice of the grid on which a composition is computed: spacing, window, tilt and orders.
+
+Everything here only decides how tight and how fast the answer is. That the answer is an upper bound does not
+depend on it (see ``pld``): a poor choice gives a larger ε, never a smaller one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from scipy.special import ndtri
+
+from common.privacy.checks import TooLarge
+from common.privacy.discretise import LADDER
+from common.privacy.pairs import Array
+
+TOLERANCE: Final = 1e-4  # relative error of ε that the spacing aims at
+_RESERVE: Final = math.log(1e7)  # masses set aside (tails, folding) are about 1e-7 of δ
+_FEWEST: Final = 2**11  # points of a transform that cost next to nothing
+_MOST: Final = 2**22
+_MOST_WORK: Final = 2**25  # points of all distinct transforms together: about 10 s and 2 GiB at the peak
+_COARSEST: Final = 0.02  # a predicted relative error of ε above this is refused
+_CONVERSION: Final[Array] = LADDER * np.log(LADDER / (LADDER + 1)) - np.log1p(LADDER)
+_GAP: Final[Array] = np.where(LADDER[None, :] > LADDER[:, None], LADDER[None, :] - LADDER[:, None], np.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Where and how finely the losses of single steps are resolved: what a cached spectrum depends on.
+
+    All tuples hold one entry per direction (P‖Q, then Q‖P where the pair is not symmetric).
+
+    Attributes:
+        spacing: h in nats; 2^k or 1.5 * 2^k, so that every i * h is exact in double precision.
+        size: number of points N of the transform, 2^k or 3 * 2^k.
+        cap: losses of one step above ``cap`` grid points count as infinite.
+        tilt: θ, see ``spectrum``.
+        order: order λ of the Chernoff bound on the mass above the window.
+        width: how many standard deviations of one step's noise are resolved.
+    """
+
+    spacing: float
+    size: int
+    cap: tuple[int, ...]
+    tilt: tuple[float, ...]
+    order: tuple[float, ...]
+    width: float
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What one query looks at.
+
+    Attributes:
+        grid: where the losses of single steps are resolved.
+        top: the highest loss of the window in grid points, per direction.
+        error: by how much the spacing is expected to raise ε, in nats (an estimate, for choosing a finer one).
+    """
+
+    grid: Grid
+    top: tuple[int, ...]
+    error: float
+
+
+def rough_delta(moments: Array, epsilon: float) -> float:
+    """Return a δ near δ(``epsilon``), from Rényi orders, to choose a grid by."""
+    log_delta = float(np.min(moments + _CONVERSION - LADDER * epsilon, axis=1).max())
+    return math.exp(min(max(log_delta, math.log(1e-18)), math.log(0.5)))
+
+
+def choose(
+    moments: Array, steps: int, distinct: int, delta: float, spacing: float = math.inf, reach: float = 0.0
+) -> Window:
+    """Choose spacing, window, tilt and orders from the moments of a composition.
+
+    Args:
+        moments: log E[e^(λ·loss)] of the whole composition on the ladder; shape [directions, len(LADDER)].
+        steps: T, the number of steps that are discretised.
+        distinct: the number of different kinds of steps among them.
+        delta: the δ of interest.
+        spacing: an upper limit on h.
+        reach: a loss that the window must cover.
+
+    Raises:
+        TooLarge: if no grid within the limits of memory and time gives a useful bound.
+    """
+    log_inverse = -math.log(delta)
+    bound = (moments + _CONVERSION + log_inverse) / LADDER  # ε at Rényi order λ + 1 (Canonne et al. 2020, Prop. 12)
+    highest = (moments + log_inverse + _RESERVE) / LADDER
+    targets, saddle = np.min(bound, axis=1), LADDER[np.argmin(bound, axis=1)]
+    order = LADDER[np.argmin(highest, axis=1)]
+    tops = np.maximum(np.min(highest, axis=1), 1.1 * reach)
+    target = max(float(targets.max()), float(tops.max()) / 100)
+    tilt, length = zip(
+        *(_tilt(k, log_inverse, max(float(e), 0.0)) for k, e in zip(moments, targets, strict=True)), strict=True
+    )
+    cost = (float(saddle[np.argmax(targets)]) + 1) * steps / 12  # ε grows by about cost * h²
+    window = max(float(tops.max()), *length)
+    finest = window / min(_MOST, _MOST_WORK // distinct)
+    wanted = min(math.sqrt(TOLERANCE * target / cost), spacing, window / _FEWEST)
+    if not math.isfinite(window) or cost * finest**2 > _COARSEST * target:
+        raise TooLarge(
+            f"this composition ({steps} steps of {distinct} kinds, ε near {target:.3g}) cannot be computed soundly "
+            f"with {_MOST_WORK} grid points; it was refused rather than approximated"
+        )
+    h = _round(max(wanted, finest), up=wanted < finest)
+    size = int(_round(max(window / h, float(tops.max()) / h + 2), up=True))
+    cap = tuple(math.ceil(2 ** (math.ceil(2 * math.log2(top)) / 2) / h) for top in tops)
+    width = float(math.ceil(-float(ndtri(delta * math.exp(-_RESERVE) / steps))))
+    grid = Grid(h, size, cap, tilt, tuple(order.tolist()), width)
+    return Window(grid, tuple(math.ceil(top / h) for top in tops), cost * h**2)
+
+
+def _round(value: float, *, up: bool) -> float:
+    """Round to 2^k or 1.5 * 2^k."""
+    power = 2.0 ** math.floor(math.log2(value))
+    candidates = (power, 1.5 * power, 2 * power)
+    return min(c for c in candidates if c >= value) if up else max(c for c in candidates if c <= value)
+
+
+def _tilt(moments: Array, log_inverse: float, epsilon: float) -> tuple[float, float]:
+    """Return the tilt θ that needs the shortest window in one direction, and that window's length in nats.
+
+    Folding moves mass down by N h, where it weighs e^(θ N h) times as much, and up, where it weighs e^(−θ N h) times as
+    much. Both stay below 1e-7 of δ when N h is at least the length returned. Tilts far from the saddle would let
+    the transform's floating error grow by more than e^8, and are left out.
+    """
+    looseness = moments - LADDER * epsilon
+    down = (moments[None, :] - LADDER[:, None] * epsilon / 2 + log_inverse + _RESERVE) / _GAP
+    down = np.min(down, axis=1, where=~np.isnan(_GAP), initial=math.inf)
+    length = np.maximum(down, (log_inverse + _RESERVE) / LADDER)
+    length[looseness > looseness.min() + 8] = math.inf
+    best = int(np.argmin(length))
+    return float(LADDER[best]), float(length[best])
