@@ -140,7 +140,10 @@ def test_what_was_never_sent_can_be_taken_back_and_its_place_is_used_again(accou
     assert accountant.spent("run", "a").epsilon == 0
     with pytest.raises(Refused, match="voided"):
         reserve(accountant)
+    assert accountant.next_attempt("run", 1, "a") == 2
     again = reserve(accountant, attempt=2)
+    assert accountant.next_attempt("run", 1, "a") == 2
+    assert accountant.next_attempt("run", 2, "a") == 1
     assert again.reservation.reservation_id != signed.reservation.reservation_id
     assert accountant.participations("run", "a") == 1
 

@@ -1,0 +1,346 @@
+"""The organisation's guard: it says no before a record is read, and never lets one reservation train twice.
+
+It believes nobody: plans and reservations must be signed by pinned keys, must agree with each other and with the
+policy, and the run's whole envelope, recomputed here, must fit into what the data set has left. All of that rests on
+public facts. What it promises is on disk before it is acted on:
+
+    * the run's envelope is charged, as a whole, before its first round is admitted;
+    * ``started`` is written before the engine may touch data, and a place of the envelope starts once;
+    * the reply's bytes are stored before they are given: the same request gets the same bytes, and noise is drawn once;
+    * a refusal that gives a reservation back is signed only after the reservation can never be used here again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from client.checks import Finding, check_adapter, check_agreement, check_policy, coordinator_of
+from client.journal import Charged, Journal, Replies, State, Use, as_sent, lock_exclusively, write_durably
+from client.policy import DatasetPolicy, Policy
+from common import errors
+from common.charge import charge
+from common.errors import LedgerCorrupt, Unavailable
+from common.ledger import Ledger
+from common.messages import Arrays, Plan, Refusal, RefusalReason, Reply, TrainRequest
+from common.signing import SigningKey
+
+
+@dataclass(frozen=True)
+class Granted:
+    """The request may be trained: call ``start``, train, call ``finish``."""
+
+    request: TrainRequest
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The request was answered before: this is the same reply, byte for byte."""
+
+    reply: Reply
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Training had begun and its result is gone: spent, and never trained again."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """No, signed."""
+
+    refusal: Refusal
+
+
+Admission = Granted | Replay | Lost | Refused
+
+
+@dataclass(frozen=True)
+class DatasetSpent:
+    """Σε and Σδ charged to a data set and its group, over all coordinators, beside what the policy allows."""
+
+    epsilon: float
+    delta: float
+    target_epsilon: float
+    target_delta: float
+
+    @property
+    def left(self) -> float:
+        """ε that a further run may take at most."""
+        return max(0.0, self.target_epsilon - self.epsilon)
+
+
+class Guard:
+    """One per organisation and ledger file; a second process on the same file refuses to start.
+
+    Args:
+        policy: what the organisation allows.
+        ledger_path: its own ledger; replies and the lock lie beside it.
+        key: signs refusals and heads.
+        clock: seconds since the epoch, for the policy's expiry and the ledger's times.
+
+    Raises:
+        errors.Refused: another process holds the ledger.
+        LedgerCorrupt: the ledger does not verify, or is older than its anchor.
+    """
+
+    def __init__(
+        self, policy: Policy, ledger_path: Path, *, key: SigningKey, clock: Callable[[], float] = time.time
+    ) -> None:
+        ledger_path = Path(ledger_path)
+        self.policy, self._key, self._clock = policy, key, clock
+        self.public_key = key.public_key
+        self._lock = threading.RLock()
+        self._running: Use | None = None
+        self._release = lock_exclusively(ledger_path.with_name(ledger_path.name + ".lock"))
+        try:
+            existed = ledger_path.exists()
+            self._ledger = Ledger(ledger_path, clock=clock)
+            self._check_anchor(existed)
+            self._journal = Journal(self._ledger)
+            self._journal.catch_up()
+            self._replies = Replies(ledger_path.with_name(ledger_path.name + ".replies"))
+            for use in self._journal.in_state(State.STARTED):
+                self._record("lost", use.coordinator, {"reservation_id": use.reservation_id})
+        except BaseException:
+            self._release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the ledger file free; what was started and not finished will be ``lost``."""
+        self._ledger.close()
+        self._release()
+
+    def admit(self, request: TrainRequest, *, shapes: Mapping[str, tuple[int, ...]]) -> Admission:
+        """Decide on a request from public facts alone.
+
+        Args:
+            request: as it came; nothing of it is believed.
+            shapes: names and shapes of the adapter that the trainer holds.
+
+        Raises:
+            Unavailable: the ledger or its anchor cannot be written; nothing was promised.
+        """
+        with self._lock:
+            coordinator = coordinator_of(request, self.policy)
+            if coordinator is None:  # anybody may have sent this: no line is written, and nothing is given back
+                return self._refuse(request, RefusalReason.SIGNATURE)
+            use = self._journal.uses.get((coordinator, request.reservation.reservation.reservation_id))
+            if use is not None and use.state is not State.RESERVED:
+                return self._repeat(request, use)
+            if self._running is not None:
+                return self._refuse(request, RefusalReason.BUSY)
+            if use is not None and use.request_hash != request.request_hash:
+                return self._refuse(request, RefusalReason.USED)
+            finding = self._find(request, coordinator, shapes)
+            if finding is not None:
+                return self._burn(request, coordinator, finding)
+            self._charge(request.plan, coordinator)
+            if use is None:
+                self._record("reserved", coordinator, _reserved(request), "reserved")
+            return Granted(request)
+
+    def start(self, request: TrainRequest) -> None:
+        """Mark, durably, that training begins; only now may the engine touch data.
+
+        Raises:
+            errors.Refused: the request was not admitted, has begun before, or another one is running.
+        """
+        with self._lock:
+            use = self._use(request)
+            if use is None or use.state is not State.RESERVED or use.request_hash != request.request_hash:
+                raise errors.Refused("this request was not admitted, or has begun before: it cannot start")
+            if self._running is not None:
+                raise errors.Refused("another request is being trained: it must end first")
+            if use.participation in self._journal.places_taken(use.coordinator, use.run_id, use.dataset):
+                raise errors.Refused("this place of the run's envelope was used since it was admitted")
+            self._record("started", use.coordinator, {"reservation_id": use.reservation_id}, "use")
+            self._running = use
+
+    def finish(self, request: TrainRequest, update: Arrays) -> Reply:
+        """Store the reply, then give it.
+
+        Raises:
+            errors.Refused: this request is not the one that runs.
+            Unavailable: it cannot be stored; it is lost.
+        """
+        with self._lock:
+            use = self._running
+            if use is None or use is not self._use(request) or use.request_hash != request.request_hash:
+                raise errors.Refused("this request is not being trained: there is nothing to finish")
+            self._running = None
+            digest = self._replies.store(use, update)
+            self._record("replied", use.coordinator, {"reservation_id": use.reservation_id, "update_hash": digest})
+            return Reply(as_sent(update), use.reservation_id, use.head)
+
+    def abandon(self, request: TrainRequest) -> None:
+        """Training began and will not end: the reservation is spent and lost."""
+        with self._lock:
+            use = self._use(request)
+            if use is not None and use.state is State.STARTED:
+                self._running = None
+                self._record("lost", use.coordinator, {"reservation_id": use.reservation_id})
+
+    def head(self, coordinator: str) -> str:
+        """The head of the chain kept for that coordinator's public key."""
+        with self._lock:
+            return self._ledger.head(coordinator)
+
+    def signed_head(self, coordinator: str) -> tuple[str, str]:
+        """That head and the signature over it, as a statement of kind ``head``."""
+        head = self.head(coordinator)
+        return head, self._key.sign("head", {"head": head})
+
+    def spent(self, dataset: str) -> DatasetSpent:
+        """What the data set and its group have spent, over all coordinators; never leaves the organisation."""
+        allowed = self.policy.datasets[dataset]
+        with self._lock:
+            epsilon, delta = self._journal.spent(dataset, allowed.group)
+        return DatasetSpent(epsilon, delta, allowed.target_epsilon, allowed.target_delta)
+
+    def uses(self, coordinator: str, run_id: str) -> tuple[Use, ...]:
+        """What was admitted or burned for that coordinator in that run, oldest first."""
+        with self._lock:
+            every = self._journal.uses.values()
+            return tuple(use for use in every if (use.coordinator, use.run_id) == (coordinator, run_id))
+
+    def charged(self, coordinator: str, run_id: str) -> tuple[Charged, ...]:
+        """The envelopes charged for that coordinator's run."""
+        with self._lock:
+            return tuple(
+                i for i in self._journal.charged.values() if (i.coordinator, i.run_id) == (coordinator, run_id)
+            )
+
+    def _find(self, request: TrainRequest, coordinator: str, shapes: Mapping[str, tuple[int, ...]]) -> Finding | None:
+        """The first public fact that forbids this request, or None."""
+        finding = (
+            check_agreement(request)
+            or check_policy(request.plan, self.policy, self._clock())
+            or check_adapter(request, shapes)
+        )
+        return finding or self._check_envelope(request.plan, coordinator)
+
+    def _check_envelope(self, plan: Plan, coordinator: str) -> Finding | None:
+        """The event lies inside the run's one envelope, at a place that never started; the envelope is affordable."""
+        known = self._journal.charged.get((coordinator, plan.run_id, plan.dataset))
+        if known is not None and (known.envelope != plan.envelope or known.is_private != (plan.event is not None)):
+            return RefusalReason.ENVELOPE
+        if plan.participation in self._journal.places_taken(coordinator, plan.run_id, plan.dataset):
+            return RefusalReason.ENVELOPE
+        if plan.event is not None and not plan.envelope.allows(plan.participation, plan.event):
+            return RefusalReason.ENVELOPE
+        if known is not None or plan.event is None:
+            return None
+        return None if self._is_affordable(plan, self.policy.datasets[plan.dataset]) else RefusalReason.BUDGET
+
+    def _is_affordable(self, plan: Plan, allowed: DatasetPolicy) -> bool:
+        cost = charge(plan.envelope.events, relation=allowed.relation, delta=allowed.delta_per_run).epsilon
+        epsilon, delta = self._journal.spent(plan.dataset, allowed.group)
+        return (
+            cost <= allowed.epsilon_per_run
+            and epsilon + cost <= allowed.target_epsilon
+            and delta + allowed.delta_per_run <= allowed.target_delta
+        )
+
+    def _charge(self, plan: Plan, coordinator: str) -> None:
+        """Write the envelope's charge, once per run."""
+        if (coordinator, plan.run_id, plan.dataset) in self._journal.charged:
+            return
+        allowed = self.policy.datasets[plan.dataset]
+        epsilon = None
+        if plan.event is not None:
+            epsilon = charge(plan.envelope.events, relation=allowed.relation, delta=allowed.delta_per_run).epsilon
+        body = {
+            "run_id": plan.run_id,
+            "dataset": plan.dataset,
+            "group": allowed.group,
+            "envelope": plan.envelope.to_json(),
+            "relation": allowed.relation,
+            "delta": allowed.delta_per_run,
+            "epsilon": epsilon,
+        }
+        self._record("envelope", coordinator, body, "envelope", plan.run_id, plan.dataset)
+
+    def _repeat(self, request: TrainRequest, use: Use) -> Admission:
+        """Answer a reservation that was used before: the same request gets the same answer, another gets none."""
+        if use.request_hash != request.request_hash:
+            return self._refuse(request, RefusalReason.USED)
+        self._write_anchor()  # the first answer may have failed just there
+        if use.state is State.BURNED:
+            reason = use.reason or RefusalReason.USED
+            return Refused(Refusal.sign(self._key, use.reservation_id, use.request_hash, reason, voiding=True))
+        if use is self._running:
+            return self._refuse(request, RefusalReason.BUSY)
+        update = self._replies.load(use) if use.state is State.REPLIED else None
+        return Lost() if update is None else Replay(Reply(update, use.reservation_id, use.head))
+
+    def _burn(self, request: TrainRequest, coordinator: str, reason: RefusalReason) -> Refused:
+        """Make the reservation unusable here for ever, then sign that it never started."""
+        reservation_id = request.reservation.reservation.reservation_id
+        body = {"reservation_id": reservation_id, "request_hash": request.request_hash, "reason": str(reason)}
+        self._record("burned", coordinator, body, "use")
+        return Refused(Refusal.sign(self._key, reservation_id, request.request_hash, reason, voiding=True))
+
+    def _refuse(self, request: TrainRequest, reason: RefusalReason) -> Refused:
+        """A no that gives nothing back and writes nothing."""
+        reservation_id = request.reservation.reservation.reservation_id
+        return Refused(Refusal.sign(self._key, reservation_id, request.request_hash, reason, voiding=False))
+
+    def _use(self, request: TrainRequest) -> Use | None:
+        coordinator = coordinator_of(request, self.policy)
+        if coordinator is None:
+            return None
+        return self._journal.uses.get((coordinator, request.reservation.reservation.reservation_id))
+
+    def _record(self, kind: str, coordinator: str, body: Mapping[str, object], *key: str) -> None:
+        """One durable line, then the anchor; ``key`` gets the reservation's id where the line is about one."""
+        parts = (*key, str(body["reservation_id"])) if key and "reservation_id" in body else key
+        self._journal.record(kind, coordinator, body, *parts)
+        self._write_anchor()
+
+    def _write_anchor(self) -> None:
+        """Nothing is given before the anchor knows of it."""
+        if self.policy.anchor is None:
+            return
+        try:
+            write_durably(self.policy.anchor, self._ledger.head().encode() + b"\n")
+        except OSError as error:
+            raise Unavailable(f"the anchor {self.policy.anchor} cannot be written: {error.strerror}") from error
+
+    def _check_anchor(self, existed: bool) -> None:
+        """A ledger that was set back is older than its anchor; one whose anchor is gone cannot be trusted either."""
+        anchor = self.policy.anchor
+        if anchor is None:
+            return
+        if not anchor.exists():
+            if existed and self._ledger.verify() > 0:
+                raise LedgerCorrupt(f"the anchor {anchor} of this ledger is missing: restore it before training")
+            return
+        self._ledger.verify(anchor=anchor.read_text("ascii").strip())
+
+
+def _reserved(request: TrainRequest) -> dict[str, object]:
+    """What is kept of an admitted request: what it costs, and the accountant's signed head that came with it."""
+    plan, signed = request.plan, request.reservation
+    return {
+        "reservation_id": signed.reservation.reservation_id,
+        "request_hash": request.request_hash,
+        "run_id": plan.run_id,
+        "dataset": plan.dataset,
+        "server_round": plan.server_round,
+        "attempt": plan.attempt,
+        "participation": plan.participation,
+        "event": None if plan.event is None else plan.event.to_json(),
+        "accountant_head": signed.accountant_head,
+        "accountant_head_signature": signed.accountant_head_signature,
+    }

@@ -1,0 +1,125 @@
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.guard import Guard
+from client.policy import DatasetPolicy, Policy
+from common.messages import Envelope, Plan, Reservation, SignedReservation, TrainRequest, adapter_hash
+from common.privacy import SampledGaussian
+from common.signing import SigningKey
+
+EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=4)
+ADAPTER = {"a.lora_B": np.zeros((4, 2), np.float32), "b.lora_B": np.ones((3, 2), np.float32)}
+SHAPES = {name: array.shape for name, array in ADAPTER.items()}
+NOW = 1_800_000_000.0
+
+
+class Parties:
+    """A coordinator with its accountant, and a client: keys, requests and guards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.coordinator, self.accountant, self.client = (SigningKey.generate() for _ in range(3))
+        self.guards: list[Guard] = []
+        self.count = 0
+
+    def policy(self, **changes: Any) -> Policy:
+        values: dict[str, Any] = {
+            "organisation": "clinic-a",
+            "datasets": {"notes": DatasetPolicy(declared_records=1000, target_epsilon=1.0)},
+            "min_noise_multiplier": 0.5,
+            "max_sample_rate": 0.05,
+            "max_steps_per_round": 8,
+            "backbones": ("b" * 64,),
+            "coordinator_keys": (self.coordinator.public_key,),
+            "accountant_keys": (self.accountant.public_key,),
+        }
+        return Policy(**{**values, **changes})
+
+    def guard(self, policy: Policy | None = None, **changes: Any) -> Guard:
+        guard = Guard(policy or self.policy(**changes), self.folder / "own.sqlite", key=self.client, clock=lambda: NOW)
+        self.guards.append(guard)
+        return guard
+
+    def restart(self, **changes: Any) -> Guard:
+        """The same ledger after the process ended; nothing was closed in an orderly way but the lock."""
+        self.guards[-1].close()
+        return self.guard(**changes)
+
+    def plan(self, **changes: Any) -> Plan:
+        values: dict[str, Any] = {
+            "run_id": "run",
+            "server_round": 1,
+            "client": "clinic-a",
+            "dataset": "notes",
+            "attempt": 1,
+            "participation": 0,
+            "event": EVENT,
+            "local_steps": EVENT.steps,
+            "clipping_norm": 1.0,
+            "expected_batch_size": 10.0,
+            "declared_records": 1000,
+            "optimizer": "adam",
+            "learning_rate": 0.01,
+            "aggregation": "ffa",
+            "backbone_hash": "b" * 64,
+            "adapter_hash": adapter_hash(ADAPTER),
+            "envelope": Envelope((EVENT,) * 3),
+        }
+        return Plan(**{**values, **changes})
+
+    def request(
+        self, plan: Plan | None = None, *, reservation: dict[str, Any] | None = None, **changes: Any
+    ) -> TrainRequest:
+        """A request as an honest coordinator makes it; ``changes`` go into the plan, ``reservation`` into that."""
+        plan = plan or self.plan(**changes)
+        self.count += 1
+        names = ("run_id", "server_round", "client", "dataset", "attempt", "event")
+        values = {"reservation_id": f"{self.count:032x}", **{name: getattr(plan, name) for name in names}}
+        signed = self.sign_reservation(Reservation(**{**values, **(reservation or {})}))
+        return TrainRequest(plan, self.coordinator.sign("plan", plan.to_json()), signed, ADAPTER)
+
+    def sign_reservation(self, reservation: Reservation, key: SigningKey | None = None) -> SignedReservation:
+        key = key or self.accountant
+        head = "a" * 64
+        return SignedReservation(
+            reservation, key.sign("reservation", reservation.to_json()), head, key.sign("head", {"head": head})
+        )
+
+    def train(self, guard: Guard, request: TrainRequest, value: float = 1.0):
+        """Admit, start and finish; the reply."""
+        admission = guard.admit(request, shapes=SHAPES)
+        guard.start(admission.request)
+        return guard.finish(request, update(value))
+
+
+def update(value: float) -> dict[str, np.ndarray]:
+    return {name: np.full(shape, value, np.float32) for name, shape in SHAPES.items()}
+
+
+def with_plan(request: TrainRequest, parties: Parties, **changes: Any) -> TrainRequest:
+    """The same reservation under another plan, signed by the coordinator: what a liar would send."""
+    plan = replace(request.plan, **changes)
+    return replace(request, plan=plan, plan_signature=parties.coordinator.sign("plan", plan.to_json()))
+
+
+@pytest.fixture
+def parties(tmp_path: Path) -> Iterator[Parties]:
+    parties = Parties(tmp_path)
+    yield parties
+    for guard in parties.guards:
+        guard.close()
+
+
+@pytest.fixture
+def guard(parties: Parties) -> Guard:
+    return parties.guard()
+
+
+@pytest.fixture
+def change() -> Callable[..., TrainRequest]:
+    return with_plan
