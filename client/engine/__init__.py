@@ -1,9 +1,33 @@
-"""Per-example-clipped LoRA steps at the price of ordinary ones."""
+"""Per-example-clipped LoRA steps at the price of ordinary ones.
 
+One step: a Poisson draw of records becomes micro-batches (``batches``); the model runs with the engine's forward at its
+LoRA layers (``fused``, ``sites``, ``kernels``), whose backward writes one gradient row per record into an arena
+(``layout``); rows are clipped and summed (``clipping``), noise is added and the sum rounded (``noise``, ``step``).
+"""
+
+from client.engine.adaptive import AdaptiveClipping
 from client.engine.batches import Example
+from client.engine.clipping import FlatClipping, Group, GroupClipping, ShapedClipping
 from client.engine.engine import Engine, make_engine
 from client.engine.noise import NoiseSource
+from client.engine.optimizers import Adam, Sgd
 from client.engine.selftest import self_test
-from client.engine.step import clipped_gradient_sum, private_step
+from client.engine.step import adaptive_step, clipped_gradient_sum, private_step
 
-__all__ = ["Engine", "Example", "NoiseSource", "clipped_gradient_sum", "make_engine", "private_step", "self_test"]
+__all__ = [
+    "Adam",
+    "AdaptiveClipping",
+    "Engine",
+    "Example",
+    "FlatClipping",
+    "Group",
+    "GroupClipping",
+    "NoiseSource",
+    "Sgd",
+    "ShapedClipping",
+    "adaptive_step",
+    "clipped_gradient_sum",
+    "make_engine",
+    "private_step",
+    "self_test",
+]

@@ -37,13 +37,13 @@ class Batch:
     Attributes:
         input_ids: [b, T]; attention_mask: [b, T] of 0 and 1, or None when nothing is padded.
         labels: [b, T] with -100, or class ids [b].
-        keys: one 64-bit number per example, from the record alone; seeds its dropout.
+        seeds: [b] 64-bit integers that each record's dropout masks follow from; None switches dropout off.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     labels: Tensor
-    examples: tuple[Example, ...] = ()
+    seeds: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -117,4 +117,4 @@ def collate(examples: Sequence[Example], *, pad_token_id: int, device: torch.dev
         else:
             labels[row] = int(example.labels)
     attention = None if mask.all() else torch.from_numpy(mask).to(device)
-    return Batch(torch.from_numpy(ids).to(device), attention, torch.from_numpy(labels).to(device), tuple(examples))
+    return Batch(torch.from_numpy(ids).to(device), attention, torch.from_numpy(labels).to(device))

@@ -1,19 +1,165 @@
-"""Clipping rules: what each example's gradient row is multiplied by before the rows are summed.
+"""Clipping rules: what each example's gradient row is multiplied by before rows are summed, and the noise for the sum.
 
 Guarantee: the norm of every summed row, in the rule's own coordinates, is at most its threshold, for every finite row;
-a row that is not finite contributes zero.
+a row that is not finite contributes zero. Adding or removing one record therefore moves the sum by at most that much,
+and noise of the rule's standard deviations costs exactly one Gaussian of the stated ``noise_multiplier`` (DESIGN §4.4).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isclose, sqrt
+from typing import Protocol
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from client.engine.layout import BLOCK
+from client.engine.layout import BLOCK, Layout
 from common.errors import InvalidInput
 
 MARGIN = {torch.float32: 1.0 - 2.0**-20, torch.float64: 1.0 - 2.0**-45}
 """Thresholds are lowered by one part in a million: more than the norm's and the product's rounding."""
+
+WORST_CONDITION = 1e3
+"""Largest ratio between two scales of a shaping."""
+
+
+class Rule(Protocol):
+    """How rows are clipped, and the noise's standard deviation for each coordinate of their sum."""
+
+    def add(self, rows: Tensor, layout: Layout, total: Tensor) -> Tensor:
+        """Add the clipped rows [b, stride] to ``total`` [stride]; return each row's norm over its threshold [b]."""
+
+    def noise_std(self, layout: Layout, noise_multiplier: float) -> float | np.ndarray:
+        """Standard deviation of the noise: one number, or one per coordinate [P]."""
+
+
+@dataclass(frozen=True)
+class FlatClipping:
+    """min(1, C/|g|) g over all trainable parameters together (Abadi et al. 2016, Algorithm 1)."""
+
+    clipping_norm: float
+
+    def __post_init__(self) -> None:
+        check_clipping_norm(self.clipping_norm)
+
+    def add(self, rows: Tensor, layout: Layout, total: Tensor) -> Tensor:
+        """See ``Rule.add``."""
+        return _clip_and_add(rows, row_norms(rows), self.clipping_norm, total)
+
+    def noise_std(self, layout: Layout, noise_multiplier: float) -> float:
+        """σ C on every coordinate."""
+        return noise_multiplier * self.clipping_norm
+
+
+@dataclass(frozen=True)
+class ShapedClipping:
+    """Clip |S⁻¹g| ≤ C and add S·N(0, σ²C²I), S diagonal with one scale per parameter tensor.
+
+    The cost is that of σ whatever S is, provided S is fixed before the step and made from public values or from outputs
+    of mechanisms that were charged: the caller's duty, because no code can see where a number came from.
+
+    Attributes:
+        clipping_norm: C, in the coordinates of S⁻¹g.
+        scales: parameter name to s > 0; every trainable parameter must be named.
+    """
+
+    clipping_norm: float
+    scales: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        check_clipping_norm(self.clipping_norm)
+        values = np.array(list(self.scales.values()), dtype=np.float64)
+        if not values.size or not (np.isfinite(values).all() and (values > 0).all()):
+            raise InvalidInput("every scale of a shaping must be > 0 and finite")
+        if values.max() / values.min() > WORST_CONDITION:
+            raise InvalidInput(
+                f"the scales of a shaping span {values.max() / values.min():.3g}, at most 1e3 is allowed"
+            )
+
+    def add(self, rows: Tensor, layout: Layout, total: Tensor) -> Tensor:
+        """See ``Rule.add``."""
+        _same_names(self.scales, layout, "scales")
+        parts = [slot_norms(rows, layout, name) / scale for name, scale in self.scales.items()]
+        norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return _clip_and_add(rows, norms, self.clipping_norm, total)
+
+    def noise_std(self, layout: Layout, noise_multiplier: float) -> np.ndarray:
+        """σ C s on the coordinates of each parameter."""
+        _same_names(self.scales, layout, "scales")
+        return _spread(layout, {name: noise_multiplier * self.clipping_norm * s for name, s in self.scales.items()})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are clipped together.
+
+    Attributes:
+        names: parameter names.
+        clipping_norm: this group's threshold C_g.
+        share: the part of the budget 1/σ² that its noise may use; shares of all groups add up to 1.
+    """
+
+    names: tuple[str, ...]
+    clipping_norm: float
+    share: float
+
+
+@dataclass(frozen=True)
+class GroupClipping:
+    """Each group g of parameters is clipped on its own to C_g and gets noise s_g = σ C_g / √share_g.
+
+    Then Σ_g (C_g/s_g)² = Σ_g share_g / σ² = 1/σ²: one Gaussian of noise multiplier σ (DESIGN §4.4).
+    """
+
+    groups: tuple[Group, ...]
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            check_clipping_norm(group.clipping_norm)
+            if not 0.0 < group.share <= 1.0:
+                raise InvalidInput(f"a group's share must be in (0, 1], got {group.share}")
+        if not isclose(sum(group.share for group in self.groups), 1.0, rel_tol=0.0, abs_tol=1e-12):
+            raise InvalidInput(f"the groups' shares must add up to 1, got {sum(g.share for g in self.groups):.6g}")
+        names = [name for group in self.groups for name in group.names]
+        if len(names) != len(set(names)):
+            raise InvalidInput("a parameter is in two clipping groups")
+
+    @classmethod
+    def equal(cls, layout: Layout, clipping_norm: float, groups: Mapping[str, tuple[str, ...]]) -> GroupClipping:
+        """Groups with equal thresholds C/√G and equal shares: the whole row's norm stays at most ``clipping_norm``."""
+        _same_names([name for names in groups.values() for name in names], layout, "groups")
+        each = check_clipping_norm(clipping_norm) / sqrt(len(groups))
+        return cls(tuple(Group(names, each, 1.0 / len(groups)) for names in groups.values()))
+
+    def add(self, rows: Tensor, layout: Layout, total: Tensor) -> Tensor:
+        """See ``Rule.add``; the returned ratio is the largest of the groups'."""
+        _same_names([name for group in self.groups for name in group.names], layout, "groups")
+        whole = _zero_bad_rows(rows, row_norms(rows))
+        ratios = [torch.where(torch.isfinite(whole), 0.0, whole)]
+        for group in self.groups:
+            parts = torch.stack([slot_norms(rows, layout, name) for name in group.names])
+            norms = torch.linalg.vector_norm(parts, dim=0)
+            factors = _factors(norms, group.clipping_norm, rows.dtype)
+            for name in group.names:
+                slot = layout.slots[name]
+                part = slice(slot.offset, slot.offset + slot.size)
+                total[part].addmv_(rows[:, part].t(), factors)
+            ratios.append(norms / group.clipping_norm)
+        return torch.stack(ratios).amax(0)
+
+    def noise_std(self, layout: Layout, noise_multiplier: float) -> np.ndarray:
+        """σ C_g / √share_g on the coordinates of group g."""
+        each = {name: noise_multiplier * g.clipping_norm / sqrt(g.share) for g in self.groups for name in g.names}
+        _same_names(each, layout, "groups")
+        return _spread(layout, each)
+
+
+def as_rule(clipping: float | Rule) -> Rule:
+    """A number means flat clipping at that norm."""
+    return FlatClipping(float(clipping)) if isinstance(clipping, int | float) else clipping
 
 
 def check_clipping_norm(clipping_norm: float) -> float:
@@ -36,18 +182,44 @@ def row_norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float64)
 
 
-def clip_and_add(rows: Tensor, clipping_norm: float, total: Tensor) -> Tensor:
-    """Add Σ_i min(1, C/|g_i|) g_i to ``total`` [k·BLOCK]; return the norms [b].
+def slot_norms(rows: Tensor, layout: Layout, name: str) -> Tensor:
+    """L2 norms [b] of one parameter's part of the rows, in float64 across blocks like ``row_norms``."""
+    slot = layout.slots[name]
+    part = rows[:, slot.offset : slot.offset + slot.size]
+    whole = slot.size // BLOCK * BLOCK
+    blocks = torch.linalg.vector_norm(part[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)
+    rest = torch.linalg.vector_norm(part[:, whole:], dim=1, keepdim=True)
+    return torch.linalg.vector_norm(torch.cat([blocks, rest], dim=1), dim=1, dtype=torch.float64)
 
-    Rows that are not finite are overwritten by zero (zero times infinity is not zero) and have norm infinity.
-    """
-    norms = row_norms(rows)
+
+def _clip_and_add(rows: Tensor, norms: Tensor, clipping_norm: float, total: Tensor) -> Tensor:
+    norms = _zero_bad_rows(rows, norms)
+    total.addmv_(rows.t(), _factors(norms, clipping_norm, rows.dtype))
+    return norms / clipping_norm
+
+
+def _factors(norms: Tensor, clipping_norm: float, dtype: torch.dtype) -> Tensor:
+    least = torch.finfo(torch.float64).tiny
+    return torch.clamp(clipping_norm * MARGIN[dtype] / norms.clamp(min=least), max=1.0).to(dtype)
+
+
+def _zero_bad_rows(rows: Tensor, norms: Tensor) -> Tensor:
+    """Overwrite rows that are not finite by zero (zero times infinity is not zero); their norm becomes infinity."""
     finite = torch.isfinite(norms)
-    if not bool(finite.all()):
-        rows[~finite] = 0.0
-        norms = torch.where(finite, norms, torch.inf)
-    factors = torch.clamp(
-        clipping_norm * MARGIN[rows.dtype] / norms.clamp(min=torch.finfo(torch.float64).tiny), max=1.0
-    )
-    total.addmv_(rows.t(), factors.to(rows.dtype))
-    return norms
+    if bool(finite.all()):
+        return norms
+    rows[~finite] = 0.0
+    return torch.where(finite, norms, torch.inf)
+
+
+def _same_names(given: Mapping[str, float] | list[str], layout: Layout, what: str) -> None:
+    odd = sorted(set(given) ^ set(layout.slots))
+    if odd:
+        raise InvalidInput(f"{what} must name every trainable parameter and no other: {', '.join(odd[:3])}")
+
+
+def _spread(layout: Layout, values: Mapping[str, float]) -> np.ndarray:
+    out = np.empty(layout.num_parameters)
+    for name, slot in layout.slots.items():
+        out[slot.offset : slot.offset + slot.size] = values[name]
+    return out

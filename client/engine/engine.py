@@ -6,35 +6,89 @@ contributes zero.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client.engine.batches import Example, Fit, collate, micro_batches
-from client.engine.clipping import check_clipping_norm, clip_and_add
+from client.engine.batches import Batch, Example, Fit, collate, micro_batches
+from client.engine.clipping import Rule, as_rule
+from client.engine.dropout import record_seeds
 from client.engine.fused import FusedRows
+from client.engine.layout import Arena, Layout
 from client.engine.losses import Loss, causal_lm_loss, classification_loss
 from client.engine.opacus_rows import OpacusRows
 from common.errors import InvalidInput
 
 TASKS = ("causal-lm", "classification")
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {
+    "float32": None,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}
+"""Tokens per micro-batch when nobody says: on a CPU what stays in its cache, on a GPU what keeps it busy."""
+ARENA_BYTES = 2**28
+"""Rows are added to a micro-batch of short examples while the arena stays below this many bytes."""
 
 log = logging.getLogger(__name__)
 
 
-class Engine:
-    """Per-example-clipped gradient sums of one model. Make it with ``make_engine``."""
+class RowSource(Protocol):
+    """Where rows of per-example gradients come from: ``FusedRows`` or ``OpacusRows``."""
 
-    def __init__(self, source: Any, loss: Loss, fit: Fit, *, pad_token_id: int, micro_batch_size: int) -> None:
+    model: nn.Module
+    layout: Layout
+    arena: Arena
+    autocast: torch.dtype | None
+    trains_head: bool
+
+    def rows(self, batch: Batch, loss: Loss) -> Tensor:
+        """Per-example gradients [b, stride]; valid until the next call."""
+
+    def plain(self, batch: Batch, loss: Loss, total: Tensor) -> None:
+        """Add their sum to ``total`` [stride]."""
+
+    def stock(self, batch: Batch, loss: Loss) -> Tensor:
+        """Their sum [P] by the stock model's own backward pass."""
+
+    def arena_vector(self) -> Tensor:
+        """A zero vector [stride] to sum rows into."""
+
+
+class Engine:
+    """Per-example-clipped gradient sums of one model. Make it with ``make_engine``.
+
+    Attributes:
+        set_aside: how many records of the last step contributed zero because they were malformed or fitted no memory.
+            Private: for the organisation's own eyes.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        loss: Loss,
+        fit: Fit,
+        *,
+        pad_token_id: int,
+        micro_batch_size: int,
+        dropout_secret: bytes | None = None,
+    ) -> None:
         self.source, self.loss, self.fit = source, loss, fit
         self.pad_token_id, self.micro_batch_size = pad_token_id, micro_batch_size
         self.layout = source.layout
+        self.max_tokens = micro_batch_size * fit.max_length
+        self.max_rows = max(micro_batch_size, min(8 * micro_batch_size, ARENA_BYTES // self.bytes_per_example))
         self.set_aside = 0
+        self._dropout_secret = dropout_secret
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -63,26 +117,39 @@ class Engine:
         """Subtract an optimizer's flat ``step`` [P] from the trainable parameters."""
         self.layout.subtract(step)
 
-    def clipped_sum(self, examples: Sequence[Example], clipping_norm: float) -> Tensor:
+    def clipped_sum(self, examples: Sequence[Example], clipping_norm: float | Rule) -> Tensor:
         """Σ_i min(1, C/|g_i|) g_i as a flat float32 vector [P]; zeros for an empty draw.
+
+        Args:
+            examples: one logical batch; how it is cut into micro-batches never changes the result.
+            clipping_norm: C, L2 over all parameters, or another rule of ``client.engine.clipping``.
 
         Raises:
             InvalidInput: ``clipping_norm`` ≤ 0. Never because of a record.
         """
-        threshold = check_clipping_norm(clipping_norm)
-        total = self.source.arena_vector()
+        return self.clipped_sum_and_bits(examples, clipping_norm)[0]
 
-        def add(batch: Any) -> None:
-            clip_and_add(self.source.rows(batch, self.loss), threshold, total)
+    def clipped_sum_and_bits(self, examples: Sequence[Example], clipping_norm: float | Rule) -> tuple[Tensor, float]:
+        """``clipped_sum``, and Σ_i (b_i − ½) with b_i = 1 where record i was not clipped.
+
+        Both are private until noise is added. A record that contributes nothing to the sum counts 0 in the bits.
+        """
+        rule, total, bits = as_rule(clipping_norm), self.source.arena_vector(), 0.0
+
+        def add(batch: Batch) -> None:
+            nonlocal bits
+            ratio = rule.add(self.source.rows(batch, self.loss), self.layout, total)
+            counted = ratio[torch.isfinite(ratio)]
+            bits += float((counted <= 1.0).sum()) - 0.5 * len(counted)
 
         self._each(examples, add)
-        return total[: self.num_parameters].to(torch.float32)
+        return total[: self.num_parameters].to(torch.float32), bits
 
     def plain_sum(self, examples: Sequence[Example]) -> Tensor:
         """Σ_i g_i as a flat float32 vector [P], without clipping: the non-private twin on the same kernels and loss."""
         total = self.source.arena_vector()
 
-        def add(batch: Any) -> None:
+        def add(batch: Batch) -> None:
             part = torch.zeros_like(total)
             self.source.plain(batch, self.loss, part)
             if not bool(torch.isfinite(part).all()):
@@ -93,27 +160,40 @@ class Engine:
         self._each(examples, add)
         return total[: self.num_parameters].to(torch.float32)
 
-    def _each(self, examples: Sequence[Example], add: Callable[[Any], None]) -> None:
-        usable = [example for example in examples if self.fit.usable(example)]
-        self.set_aside = len(examples) - len(usable)
-        tokens = self.micro_batch_size * self.fit.max_length
-        for group in micro_batches(usable, rows=8 * self.micro_batch_size, tokens=tokens):
-            self._halving(group, add)
+    def batch(self, group: Sequence[Example]) -> Batch:
+        """Pad usable examples to one micro-batch on the model's device, with their dropout seeds where dropout is on."""
+        batch = collate(group, pad_token_id=self.pad_token_id, device=self.layout.device)
+        if self._dropout_secret is None:
+            return batch
+        return replace(batch, seeds=record_seeds(self._dropout_secret, group, self.layout.device))
 
-    def _halving(self, group: list[Example], add: Callable[[Any], None]) -> None:
-        """Run ``group``; on failure run its halves, so that a row which cannot run does not touch its neighbours.
-
-        Failures here are memory: layouts and dtypes were tried by the self-test before data was opened.
-        """
-        try:
-            add(collate(group, pad_token_id=self.pad_token_id, device=self.layout.device))
-        except (RuntimeError, MemoryError, ValueError, IndexError) as error:
-            failure = type(error).__name__
-        else:
-            return
+    def release_memory(self) -> None:
+        """Give the arena back; the next step allocates it again."""
         self.source.arena.release()
         if self.layout.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _each(self, examples: Sequence[Example], add: Callable[[Batch], None]) -> None:
+        usable = [example for example in examples if self.fit.usable(example)]
+        self.set_aside = len(examples) - len(usable)
+        if self._dropout_secret is not None:  # a new secret for every step, so that masks are fresh
+            self._dropout_secret = hashlib.sha256(b"cloister/dropout/v1" + self._dropout_secret).digest()
+        for group in micro_batches(usable, rows=self.max_rows, tokens=self.max_tokens):
+            self._halving(group, add)
+
+    def _halving(self, group: list[Example], add: Callable[[Batch], None]) -> None:
+        """Run ``group``; on failure run its halves, so that a row which cannot run does not touch its neighbours.
+
+        Whatever fails here was tried on public tokens by the self-test, so what is left is memory. No error may pass:
+        that a record raised would be seen outside.
+        """
+        try:
+            add(self.batch(group))
+        except Exception as error:
+            failure = type(error).__name__
+        else:
+            return
+        self.release_memory()  # outside the handler: its traceback would keep the failed graph alive
         if len(group) == 1:
             self.set_aside += 1
             log.warning("a record could not be computed (%s) and counts as zero", failure)
@@ -133,6 +213,8 @@ def make_engine(
     max_length: int,
     precision: str = "float32",
     vocabulary_chunk: int | None = None,
+    dropout: bool = False,
+    dropout_seed: int | None = None,
 ) -> Engine:
     """Build an engine for ``model``.
 
@@ -143,8 +225,12 @@ def make_engine(
         micro_batch_size: most examples of maximum length computed at once; None chooses. It never changes the result.
         pad_token_id: fills short rows; padding carries no attention and no label.
         max_length: longest example in tokens; a longer one contributes zero.
-        precision: ``float32`` computes in the weights' dtype; ``bfloat16`` and ``float16`` use autocast.
+        precision: ``float32`` computes in the weights' dtype; ``bf16`` and ``fp16`` use autocast, without a gradient
+            scaler (one scale for a batch would let its records touch each other).
         vocabulary_chunk: causal-lm only: compute logits in pieces of this many entries to save memory.
+        dropout: use the model's ``nn.Dropout`` and LoRA dropout rates, with masks that belong to each record. Dropout
+            inside attention kernels stays off.
+        dropout_seed: fixes the masks, for tests; None takes the operating system's randomness.
 
     Raises:
         InvalidInput: a setting is out of range, or the model holds something the engine does not own.
@@ -157,13 +243,52 @@ def make_engine(
         raise InvalidInput(f"engine must be fused or opacus, got {kind!r}")
     if max_length < 1 or (micro_batch_size is not None and micro_batch_size < 1):
         raise InvalidInput(f"max_length and micro_batch_size must be >= 1, got {max_length}, {micro_batch_size}")
-    source = (FusedRows if kind == "fused" else OpacusRows)(model, autocast=PRECISIONS[precision])
-    if task == "causal-lm":
-        loss: Loss = causal_lm_loss(head_is_trained=source.trains_head, chunk=vocabulary_chunk)
-    else:
-        loss = classification_loss
-    vocab_size = model.get_input_embeddings().num_embeddings
-    num_labels = int(getattr(model.config, "num_labels", 0) or 0)
-    fit = Fit(task=task, vocab_size=vocab_size, num_labels=num_labels, max_length=max_length)
-    size = micro_batch_size or max(1, 4096 // max_length)
-    return Engine(source, loss, fit, pad_token_id=pad_token_id, micro_batch_size=size)
+    if dropout and kind != "fused":
+        raise InvalidInput("dropout needs the fused engine: Opacus would draw one mask for the whole batch")
+    source: RowSource = (FusedRows if kind == "fused" else OpacusRows)(model, autocast=PRECISIONS[precision])
+    secret = None
+    if dropout:
+        secret = os.urandom(32) if dropout_seed is None else f"seeded {dropout_seed}".encode()
+    return Engine(
+        source,
+        _loss(task, source, vocabulary_chunk),
+        _fit(model, task, pad_token_id, max_length),
+        pad_token_id=pad_token_id,
+        micro_batch_size=micro_batch_size or max(1, TOKENS_AT_ONCE.get(source.layout.device.type, 512) // max_length),
+        dropout_secret=secret,
+    )
+
+
+def _loss(task: str, source: RowSource, chunk: int | None) -> Loss:
+    if task == "classification":
+        if chunk is not None:
+            raise InvalidInput("vocabulary_chunk is for causal-lm; a classifier has no vocabulary of outputs")
+        return classification_loss
+    if source.model.get_output_embeddings() is None:
+        raise InvalidInput(f"{type(source.model).__name__} has no language-model head; use AutoModelForCausalLM")
+    if chunk is not None and (chunk < 1 or source.trains_head):
+        raise InvalidInput("vocabulary_chunk must be >= 1 and needs a frozen output head; leave it out")
+    return causal_lm_loss(head_is_trained=source.trains_head, chunk=chunk)
+
+
+def _fit(model: nn.Module, task: str, pad_token_id: int, max_length: int) -> Fit:
+    """Public facts that decide which examples can be computed on.
+
+    Raises:
+        InvalidInput: the model cannot do the task, or would read its classification at a padded position.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise InvalidInput("encoder-decoder models are not supported; use a decoder or an encoder")
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    if not 0 <= pad_token_id < vocab_size:
+        raise InvalidInput(f"pad_token_id {pad_token_id} is not in the vocabulary of {vocab_size}")
+    num_labels = int(getattr(config, "num_labels", 0) or 0)
+    if task == "classification" and num_labels < 2:
+        raise InvalidInput(f"classification needs a model with at least 2 labels, this one has {num_labels}")
+    if task == "classification" and config.pad_token_id != pad_token_id:
+        raise InvalidInput(
+            f"the model's padding token is {config.pad_token_id}, the data's is {pad_token_id}: a classifier may look "
+            "for the last token by it; set model.config.pad_token_id"
+        )
+    return Fit(task=task, vocab_size=vocab_size, num_labels=num_labels, max_length=max_length)

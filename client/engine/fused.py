@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +41,16 @@ class FusedRows:
         self.sites = find_sites(model, self.frame)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         inside = {id(module) for module in head.modules()} if isinstance(head, nn.Module) else set()
+        self.dropouts = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Dropout) and module.p > 0.0 and "lora_dropout" not in name.split(".")
+        ]
         self.trains_head = any(id(site.module) in inside for site in self.sites)
 
     def arena_vector(self) -> Tensor:
         """A zero vector [stride] of the arena's dtype, to sum rows into."""
-        return torch.zeros(self.arena.stride, dtype=self.arena.dtype, device=self.arena.device)
+        return self.arena.vector()
 
     def rows(self, batch: Batch, loss: Loss) -> Tensor:
         """Per-example gradients [b, stride]; valid until the next call.
@@ -66,7 +72,7 @@ class FusedRows:
 
     def _run(self, batch: Batch, loss: Loss, total: Tensor | None) -> None:
         frame = self.frame
-        frame.batch_size, frame.length, frame.total = batch.size, batch.length, total
+        frame.batch_size, frame.length, frame.total, frame.seeds = batch.size, batch.length, total, batch.seeds
         with self._installed():
             with precision(self.layout, self.autocast):
                 value = loss(self.model, batch)
@@ -89,6 +95,9 @@ class FusedRows:
             for site in self.sites:
                 stack.callback(_restore, site.module, site.module.__dict__.get("forward"))
                 site.module.forward = site.forward
+            for name, module in self.dropouts if self.frame.seeds is not None else ():
+                stack.callback(_restore, module, module.__dict__.get("forward"))
+                module.forward = partial(self.frame.drop, name, module.p)
             yield
 
 

@@ -6,7 +6,7 @@ tensor: recomputation under gradient checkpointing replaces tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -99,6 +99,15 @@ class Layout:
         return {name: vector[s.offset : s.offset + s.size].view(s.shape) for name, s in self.slots.items()}
 
 
+def arena_bytes(shapes: Iterable[tuple[int, ...]], *, itemsize: int = 4) -> int:
+    """Arena bytes of one example for trainable tensors of these ``shapes``: what ``cloister plan`` prints.
+
+    >>> arena_bytes([(8, 4096), (4096, 8)] * 64)   # rank 8 on query and value of a 7B model: 16 MiB
+    16777216
+    """
+    return -(-sum(prod(shape) for shape in shapes) // BLOCK) * BLOCK * itemsize
+
+
 class Arena:
     """Per-example gradient rows, float32 (float64 when the parameters are), reused by every micro-batch.
 
@@ -118,7 +127,11 @@ class Arena:
     @property
     def bytes_per_example(self) -> int:
         """Bytes that one more example in a micro-batch adds to the arena."""
-        return self.stride * self.dtype.itemsize
+        return arena_bytes([(self.width,)], itemsize=self.dtype.itemsize)
+
+    def vector(self) -> Tensor:
+        """A zero vector [stride], to sum rows into."""
+        return torch.zeros(self.stride, dtype=self.dtype, device=self.device)
 
     def begin(self, count: int, slots: Mapping[str, Slot]) -> None:
         """Offer ``count`` rows for writing; what is not written by ``finish`` is zero."""

@@ -34,6 +34,8 @@ def causal_lm_loss(*, head_is_trained: bool, chunk: int | None = None) -> Loss:
         weights = 1.0 / counts.clamp(min=1)
         gather = _padded if head_is_trained else _flat
         index, kept, owner = gather(targets)
+        if not index.numel():
+            return torch.zeros((), device=targets.device)
         if chunk is not None and not head_is_trained:
             return _chunked(model, batch, index, kept, weights[owner], chunk)
         with _gathered(_head(model), index):

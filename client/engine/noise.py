@@ -11,7 +11,6 @@ array([0.288, 1.465])
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from typing import NoReturn
 
@@ -71,13 +70,13 @@ def _cipher(key: bytes, purpose: bytes) -> ChaCha:
     return ChaCha(key=int.from_bytes(derived, "little"), rounds=20)
 
 
-def grid_step(noise_std: float) -> float:
+def grid_step(noise_std: float | np.ndarray) -> np.ndarray:
     """The public grid's step for noise of standard deviation ``noise_std``: a power of two, about noise_std/65,536.
 
     It depends on σ, C and the declared batch size alone, so rounding to it is post-processing, and it hides the low
     bits through which float64 noise could betray the sum. It adds 2e-11 of the noise's variance.
 
-    >>> grid_step(1.0) == 2.0**-16
+    >>> float(grid_step(1.0)) == 2.0**-16
     True
     """
-    return 2.0 ** (math.floor(math.log2(noise_std)) - GRID_BITS)
+    return np.exp2(np.floor(np.log2(noise_std)) - GRID_BITS)

@@ -41,6 +41,10 @@ class OpacusRows:
         if isinstance(head, nn.Module):
             self.trains_head = any(self.layout.owns(p) for p in head.parameters())
 
+    def arena_vector(self) -> Tensor:
+        """A zero vector [stride] of the arena's dtype, to sum rows into."""
+        return self.arena.vector()
+
     def rows(self, batch: Batch, loss: Loss) -> Tensor:
         """Per-example gradients [b, stride]; valid until the next call.
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from client.engine.dropout import dropped
 from client.engine.kernels import FusedLora, LoraBranch, OwnedLinear, compute_dtype
 from client.engine.layout import Arena, Layout
 from common.errors import InvalidInput
@@ -30,7 +32,11 @@ class Frame:
     batch_size: int = 0
     length: int = 0
     total: Tensor | None = None
-    drop: Callable[[str, float, Tensor], Tensor] | None = None
+    seeds: Tensor | None = None
+
+    def drop(self, name: str, rate: float, x: Tensor) -> Tensor:
+        """``x`` with each record's own dropout at the layer ``name``; unchanged while dropout is off."""
+        return x if self.seeds is None else dropped(x, self.seeds, name, rate, self.length)
 
     def examples(self, name: str, shape: torch.Size) -> int:
         """Check that ``shape`` puts examples first, and return b.
@@ -113,12 +119,18 @@ class LoraSite:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stand in for the layer's forward while the engine runs."""
         base = self.module.base_layer
-        dropping = self.dropout > 0.0 and self.frame.drop is not None
+        dropping = self.dropout > 0.0 and self.frame.seeds is not None
         if self.dense and not dropping:
             return FusedLora.apply(x, base.weight, base.bias, self.a, self.b, self.b_bias, self)
-        out = base(x, *args, **kwargs)
-        dropped = self.frame.drop(self.name, self.dropout, x) if dropping and self.frame.drop else x
-        return out + LoraBranch.apply(dropped, self.a, self.b, self.b_bias, self).to(out.dtype)
+        out = self._dense(x) if self.dense else base(x, *args, **kwargs)
+        kept = self.frame.drop(self.name, self.dropout, x) if dropping else x
+        return out + LoraBranch.apply(kept, self.a, self.b, self.b_bias, self).to(out.dtype)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """The dense base alone. Its bias is detached: a trained bias gets its rows from ``write``."""
+        base = self.module.base_layer
+        bias = None if base.bias is None else base.bias.detach()
+        return F.linear(x, base.weight.t() if self.transposed else base.weight, bias)
 
     def write(self, shape: torch.Size, x: Tensor | None, h: Tensor | None, g: Tensor, u: Tensor | None) -> None:
         """Write this site's rows. x [n, in], h = x Aᵀ [n, r], g [n, out], u = s g B [n, r]."""

@@ -1,4 +1,4 @@
-"""The two public functions of the engine that tests and audits call: one private step, and the clipped sum alone."""
+"""What trainer, tests and audits call: one private step, also with adaptive clipping, and the clipped sum alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from client.engine.adaptive import AdaptiveClipping
 from client.engine.batches import Batch, Example
-from client.engine.clipping import check_clipping_norm, clip_and_add
+from client.engine.clipping import FlatClipping, Rule, as_rule, check_clipping_norm
 from client.engine.engine import Engine
 from client.engine.fused import FusedRows
 from client.engine.losses import causal_lm_loss, classification_loss
@@ -21,7 +22,7 @@ def private_step(
     engine: Engine,
     examples: Sequence[Example],
     *,
-    clipping_norm: float,
+    clipping_norm: float | Rule,
     noise_multiplier: float,
     expected_batch_size: float,
     noise: NoiseSource,
@@ -31,26 +32,65 @@ def private_step(
     Args:
         engine: with the current adapter loaded.
         examples: this step's Poisson draw; may be empty, then the release is noise alone.
-        clipping_norm: C, L2.
+        clipping_norm: C, L2, or a rule (``GroupClipping``, ``ShapedClipping``) that brings its own noise allocation.
         noise_multiplier: σ > 0.
         expected_batch_size: the declared constant, never the draw's size.
         noise: the reservation's source.
 
     Returns:
-        Flat float32 [P] on the CPU, in the order of ``engine.parameters``, every entry a multiple of
-        ``grid_step(σC / expected_batch_size)`` as far as float32 can hold it.
+        Flat float32 [P] on the CPU, in the order of ``engine.parameters``; see ``release`` for its grid.
 
     Raises:
         InvalidInput: a public setting is out of range. Never because of a record.
     """
-    for name, value in (("noise_multiplier", noise_multiplier), ("expected_batch_size", expected_batch_size)):
-        if not 0.0 < value < float("inf"):
-            raise InvalidInput(f"{name} must be > 0 and finite, got {value}")
-    noise_std = noise_multiplier * check_clipping_norm(clipping_norm)
-    total = engine.clipped_sum(examples, clipping_norm).to("cpu", torch.float64).numpy()
-    released = (total + noise_std * noise.normal(total.shape)) / expected_batch_size
+    _positive(noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size)
+    rule = as_rule(clipping_norm)
+    std = rule.noise_std(engine.layout, noise_multiplier)
+    total = engine.clipped_sum(examples, rule)
+    return torch.from_numpy(release(total.to("cpu", torch.float64).numpy(), std, expected_batch_size, noise))
+
+
+def adaptive_step(
+    engine: Engine,
+    examples: Sequence[Example],
+    *,
+    clipping_norm: float,
+    settings: AdaptiveClipping,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    noise: NoiseSource,
+) -> tuple[Tensor, float]:
+    """A private step that also releases the noised unclipped fraction, and moves C by it (DESIGN §4.5).
+
+    Both releases together cost one Gaussian of ``noise_multiplier``: the gradient gets the larger z_Δ in its place.
+
+    Returns:
+        The noised mean gradient, float32 [P], and the next step's C. C is private to this organisation.
+
+    Raises:
+        InvalidInput: a public setting is out of range, or noise_multiplier ≥ 2·count_noise.
+    """
+    _positive(noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size)
+    multiplier = settings.gradient_noise_multiplier(noise_multiplier)
+    rule = as_rule(clipping_norm)
+    total, bits = engine.clipped_sum_and_bits(examples, rule)
+    std = rule.noise_std(engine.layout, multiplier)
+    gradient = release(total.to("cpu", torch.float64).numpy(), std, expected_batch_size, noise)
+    count = release(np.array([bits]), settings.count_noise, expected_batch_size, noise)
+    return torch.from_numpy(gradient), settings.next(clipping_norm, 0.5 + float(count[0]))
+
+
+def release(
+    total: np.ndarray, noise_std: float | np.ndarray, expected_batch_size: float, noise: NoiseSource
+) -> np.ndarray:
+    """(total + N(0, noise_std²)) / expected_batch_size in float64, rounded to the public grid, as float32.
+
+    Every entry is a multiple of ``grid_step(noise_std / expected_batch_size)``, as far as float32's 24 bits hold it (up
+    to 256 standard deviations exactly; beyond that, rounding to float32 is a coarser public grid).
+    """
+    drawn = (total + noise_std * noise.normal(total.shape)) / expected_batch_size
     step = grid_step(noise_std / expected_batch_size)
-    return torch.from_numpy((np.rint(released / step) * step).astype(np.float32))
+    return (np.rint(drawn / step) * step).astype(np.float32)
 
 
 def clipped_gradient_sum(model: nn.Module, batch: Mapping[str, Tensor], *, clipping_norm: float) -> dict[str, Tensor]:
@@ -70,14 +110,18 @@ def clipped_gradient_sum(model: nn.Module, batch: Mapping[str, Tensor], *, clipp
     Raises:
         InvalidInput: C ≤ 0, or something trainable is not owned by the fused engine.
     """
-    threshold = check_clipping_norm(clipping_norm)
+    rule = FlatClipping(check_clipping_norm(clipping_norm))
+    source = FusedRows(model)
     labels = batch["labels"]
-    rows = FusedRows(model)
-    causal = labels.ndim == 2
-    loss = causal_lm_loss(head_is_trained=rows.trains_head) if causal else classification_loss
-    total = rows.arena_vector()
+    loss = causal_lm_loss(head_is_trained=source.trains_head) if labels.ndim == 2 else classification_loss
+    total = source.arena_vector()
     if labels.shape[0]:
         found = Batch(batch["input_ids"], batch.get("attention_mask"), labels)
-        clip_and_add(rows.rows(found, loss), threshold, total)
-    flat = total[: rows.layout.num_parameters].to(torch.float32)
-    return rows.layout.unflatten(flat)
+        rule.add(source.rows(found, loss), source.layout, total)
+    return source.layout.unflatten(total[: source.layout.num_parameters].to(torch.float32))
+
+
+def _positive(**named: float) -> None:
+    for name, value in named.items():
+        if not 0.0 < value < float("inf"):
+            raise InvalidInput(f"{name} must be > 0 and finite, got {value}")
