@@ -212,14 +212,12 @@ def _step_spectrum(key: Key, relation: checks.Relation, grid: Grid) -> Spectrum:
 
 
 def _spectrum(key: Key, cost: checks.Relation, grid: Grid, directions: int) -> Spectrum:
-    below, above = grid.cap[-1], grid.cap[0]
-
     def losses() -> LossGrid:
         pair = dominating_pair(*key, cost)
-        return discretise(pair, grid.spacing, below=below, above=above, width=grid.width)
+        return discretise(pair, grid.spacing, cap=grid.cap, width=grid.width)
 
     def make() -> Spectrum:
-        held = _shared.losses.get((key, cost, grid.spacing, below, above, grid.width), losses)
+        held = _shared.losses.get((key, cost, grid.spacing, grid.cap, grid.width), losses)
         return transform(held, grid, directions)
 
     return _shared.spectra.get((key, cost, grid, directions), make)

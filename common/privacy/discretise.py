@@ -68,20 +68,19 @@ class LossGrid:
         return int(self.mass.nbytes)
 
 
-def discretise(pair: Pair, spacing: float, *, below: int, above: int, width: float) -> LossGrid:
+def discretise(pair: Pair, spacing: float, *, cap: int, width: float) -> LossGrid:
     """Return the connect-the-dots grid of ``pair``.
 
     Args:
         pair: the dominating pair of one step.
         spacing: grid spacing h in nats.
-        below: no grid value under ``-below * spacing``.
-        above: no grid value over ``above * spacing``.
+        cap: no grid value beyond ``cap * spacing``, on either side.
         width: how many standard deviations of the noise are resolved; mass beyond is at most Φ(−width).
     """
     left, right = pair.reach(width)
     lowest, highest = np.log1p(pair.excess(np.array([left, right]))) / spacing
-    low = max(int(np.floor(lowest)), -below)
-    high = max(min(int(np.ceil(highest)), above), low + 1)
+    low = max(int(np.floor(lowest)), -cap)
+    high = max(min(int(np.ceil(highest)), cap), low + 1)
     index = np.arange(low, high + 1)
     edges = np.clip(pair.quantile(np.asarray(index * spacing, dtype=np.float64)), left, right)
     mass = _hat_masses(pair, edges, np.expm1(index * spacing), spacing)

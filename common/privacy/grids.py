@@ -31,7 +31,8 @@ _GAP: Final[Array] = np.where(LADDER[None, :] > LADDER[:, None], LADDER[None, :]
 class Grid:
     """Where and how finely the losses of single steps are resolved: what a cached spectrum depends on.
 
-    All tuples hold one entry per direction (P‖Q, then Q‖P where the pair is not symmetric).
+    Tuples hold one entry per direction (P‖Q, then Q‖P where the pair is not symmetric). Everything is rounded to coarse
+    ladders, so that the grid changes seldom while rounds are added.
 
     Attributes:
         spacing: h in nats; 2^k or 1.5 * 2^k, so that every i * h is exact in double precision.
@@ -44,7 +45,7 @@ class Grid:
 
     spacing: float
     size: int
-    cap: tuple[int, ...]
+    cap: int
     tilt: tuple[float, ...]
     order: tuple[float, ...]
     width: float
@@ -91,8 +92,8 @@ def choose(
     bound = (moments + _CONVERSION + log_inverse) / LADDER  # ε at Rényi order λ + 1 (Canonne et al. 2020, Prop. 12)
     highest = (moments + log_inverse + _RESERVE) / LADDER
     targets, saddle = np.min(bound, axis=1), LADDER[np.argmin(bound, axis=1)]
-    order = LADDER[np.argmin(highest, axis=1)]
-    tops = np.maximum(np.min(highest, axis=1), 1.1 * reach)
+    order = LADDER[::2][np.argmin(highest[:, ::2], axis=1)]
+    tops = np.maximum(np.min(highest[:, ::2], axis=1), 1.1 * reach)
     target = max(float(targets.max()), float(tops.max()) / 100)
     tilt, length = zip(
         *(_tilt(k, log_inverse, max(float(e), 0.0)) for k, e in zip(moments, targets, strict=True)), strict=True
@@ -108,7 +109,7 @@ def choose(
         )
     h = _round(max(wanted, finest), up=wanted < finest)
     size = int(_round(max(window / h, float(tops.max()) / h + 2), up=True))
-    cap = tuple(math.ceil(2 ** (math.ceil(2 * math.log2(top)) / 2) / h) for top in tops)
+    cap = math.ceil(2.0 ** math.ceil(math.log2(float(tops.max()))) / h)
     width = float(math.ceil(-float(ndtri(delta * math.exp(-_RESERVE) / steps))))
     grid = Grid(h, size, cap, tilt, tuple(order.tolist()), width)
     return Window(grid, tuple(math.ceil(top / h) for top in tops), cost * h**2)
@@ -133,5 +134,6 @@ def _tilt(moments: Array, log_inverse: float, epsilon: float) -> tuple[float, fl
     down = np.min(down, axis=1, where=~np.isnan(_GAP), initial=math.inf)
     length = np.maximum(down, (log_inverse + _RESERVE) / LADDER)
     length[looseness > looseness.min() + 8] = math.inf
+    length[1::2] = math.inf
     best = int(np.argmin(length))
     return float(LADDER[best]), float(length[best])

@@ -20,9 +20,10 @@ from functools import lru_cache
 from typing import Final, Self
 
 import numpy as np
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 
 from common.privacy import checks, gdp
+from common.privacy.discretise import log_sum_exp
 from common.privacy.events import SampledGaussian, checked
 from common.privacy.pairs import AddRemovePair, Array, ReplaceOnePair
 
@@ -150,14 +151,25 @@ def _by_binomial(sigma: float, q: float, orders: Array) -> Array:
     S = Σ_(k >= 2) C(α,k) q^k (1−q)^(α−k) (e^(k(k−1)/(2σ²)) − 1).
     """
     log_moment = np.zeros(len(orders))
-    for position, order in enumerate(orders):
-        k = np.arange(2, order + 1)
-        log_choose = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
-        exponent = k * (k - 1) / (2 * sigma**2)
-        log_gain = exponent + np.log(-np.expm1(-exponent))
-        terms = log_choose + k * math.log(q) + (order - k) * math.log1p(-q) + log_gain
-        log_moment[position] = np.logaddexp(0.0, logsumexp(terms))
+    small = orders <= 64  # two blocks: a dense table up to the largest order would be mostly empty
+    for block in (small, ~small):
+        if block.any():
+            order = orders[block][:, None]
+            k, log_choose = _binomials(tuple(orders[block].tolist()))
+            exponent = k * (k - 1) / (2 * sigma**2)
+            log_gain = exponent + np.log(-np.expm1(-exponent))
+            terms = log_choose + k * math.log(q) + (order - k) * math.log1p(-q) + log_gain
+            log_moment[block] = np.logaddexp(0.0, log_sum_exp(terms))
     return log_moment
+
+
+@lru_cache(maxsize=16)
+def _binomials(orders: tuple[float, ...]) -> tuple[Array, Array]:
+    """Return k = 2 … max(orders) and log C(order, k), −inf for k > order; shapes [k], [orders, k]."""
+    order, k = np.array(orders)[:, None], np.arange(2, max(orders) + 1)
+    inside = np.maximum(order - k, 0)
+    log_choose = gammaln(order + 1) - gammaln(k + 1) - gammaln(inside + 1)
+    return k, np.where(k <= order, log_choose, -np.inf)
 
 
 def _by_quadrature(pair: AddRemovePair | ReplaceOnePair, orders: Array) -> Array:
@@ -179,4 +191,4 @@ def _by_quadrature(pair: AddRemovePair | ReplaceOnePair, orders: Array) -> Array
     gain = np.expm1(near) - orders[:, None] * np.expm1(np.minimum(loss, 30.0))
     with np.errstate(divide="ignore"):
         log_gain = np.where(exponent < 30, np.log(np.maximum(gain, 0)), exponent)
-    return np.asarray(np.logaddexp(0.0, logsumexp(log_weight + log_gain, axis=1)))
+    return np.asarray(np.logaddexp(0.0, log_sum_exp(log_weight + log_gain)))
