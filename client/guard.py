@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Self
 
 from client.checks import Finding, check_adapter, check_agreement, check_policy, coordinator_of
-from client.journal import Charged, Journal, Replies, State, Use, as_sent, lock_exclusively, write_durably
+from client.journal import Journal, Replies, State, Use, as_sent, lock_exclusively, write_durably
 from client.policy import DatasetPolicy, Policy
 from common import errors
+from common.certificate import Attested, ClientPart, SignedPart, sign_part
 from common.charge import charge
 from common.errors import LedgerCorrupt, Unavailable
 from common.ledger import Ledger
@@ -208,18 +209,42 @@ class Guard:
             epsilon, delta = self._journal.spent(dataset, allowed.group)
         return DatasetSpent(epsilon, delta, allowed.target_epsilon, allowed.target_delta)
 
-    def uses(self, coordinator: str, run_id: str) -> tuple[Use, ...]:
-        """What was admitted or burned for that coordinator in that run, oldest first."""
-        with self._lock:
-            every = self._journal.uses.values()
-            return tuple(use for use in every if (use.coordinator, use.run_id) == (coordinator, run_id))
+    def part(self, coordinator: str, run_id: str, dataset: str, *, code_digest: str) -> SignedPart:
+        """This organisation's signed part of the run's certificate.
 
-    def charged(self, coordinator: str, run_id: str) -> tuple[Charged, ...]:
-        """The envelopes charged for that coordinator's run."""
+        Args:
+            coordinator: its public key.
+            run_id: the run.
+            dataset: the data set that was used in it.
+            code_digest: of the program that trained (``common.code.code_digest``).
+
+        Raises:
+            errors.Refused: nothing was charged for that run.
+        """
         with self._lock:
-            return tuple(
-                i for i in self._journal.charged.values() if (i.coordinator, i.run_id) == (coordinator, run_id)
+            charged = self._journal.charged.get((coordinator, run_id, dataset))
+            if charged is None:
+                raise errors.Refused(f"run {run_id} never charged anything to {dataset}")
+            began = self._journal.began(coordinator, run_id, dataset)
+            rounds = tuple(Attested(u.reservation_id, u.server_round, u.participation, u.event) for u in began)
+            allowed = self.policy.datasets[dataset]
+            part = ClientPart(
+                run_id=run_id,
+                client=self.policy.organisation,
+                dataset=dataset,
+                public_key=self.public_key,
+                relation=charged.relation,
+                delta=charged.delta,
+                target_epsilon=allowed.epsilon_per_run if charged.is_private else None,
+                declared_records=allowed.declared_records,
+                clipping_norm=max((use.clipping_norm for use in began), default=0.0),
+                envelope=charged.envelope,
+                rounds=rounds,
+                first_head=charged.first_head,
+                last_head=self._ledger.head(coordinator),
+                code_digest=code_digest,
             )
+            return sign_part(self._key, part)
 
     def _find(self, request: TrainRequest, coordinator: str, shapes: Mapping[str, tuple[int, ...]]) -> Finding | None:
         """The first public fact that forbids this request, or None."""
@@ -341,6 +366,7 @@ def _reserved(request: TrainRequest) -> dict[str, object]:
         "attempt": plan.attempt,
         "participation": plan.participation,
         "event": None if plan.event is None else plan.event.to_json(),
+        "clipping_norm": plan.clipping_norm,
         "accountant_head": signed.accountant_head,
         "accountant_head_signature": signed.accountant_head_signature,
     }

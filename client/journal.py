@@ -56,8 +56,10 @@ class Use:
     state: State
     run_id: str = ""
     dataset: str = ""
+    server_round: int = 0
     participation: int = -1
     event: SampledGaussian | None = None
+    clipping_norm: float = 0.0
     reason: RefusalReason | None = None
     update_hash: str = ""
     head: str = ""
@@ -65,7 +67,10 @@ class Use:
 
 @dataclass(frozen=True)
 class Charged:
-    """One run's envelope, charged to a data set as a whole; ε is infinite for a run without privacy."""
+    """One run's envelope, charged to a data set as a whole; ε is infinite for a run without privacy.
+
+    ``first_head`` is the head of the coordinator's chain before the run's first line.
+    """
 
     coordinator: str
     run_id: str
@@ -75,6 +80,7 @@ class Charged:
     relation: str
     delta: float
     epsilon: float
+    first_head: str = GENESIS
 
     @property
     def is_private(self) -> bool:
@@ -111,14 +117,18 @@ class Journal:
         mine = [every[index] for index in related([(item.dataset, item.group) for item in every], dataset, group)]
         return math.fsum(item.epsilon for item in mine), math.fsum(item.delta for item in mine)
 
-    def places_taken(self, coordinator: str, run_id: str, dataset: str) -> set[int]:
-        """The places of the run's envelope at which training began."""
-        return {
-            use.participation
+    def began(self, coordinator: str, run_id: str, dataset: str) -> list[Use]:
+        """The reservations of that run under which training began, in the order in which they were admitted."""
+        return [
+            use
             for use in self.uses.values()
             if (use.coordinator, use.run_id, use.dataset) == (coordinator, run_id, dataset)
             and use.state in (State.STARTED, State.REPLIED, State.LOST)
-        }
+        ]
+
+    def places_taken(self, coordinator: str, run_id: str, dataset: str) -> set[int]:
+        """The places of the run's envelope at which training began."""
+        return {use.participation for use in self.began(coordinator, run_id, dataset)}
 
     def in_state(self, state: State) -> list[Use]:
         """The reservations in that state, oldest first."""
@@ -126,10 +136,11 @@ class Journal:
 
     def _apply(self, entry: Entry) -> None:
         coordinator, body = entry.scope, entry.body
-        self.heads[coordinator] = scope_hash(self.heads.get(coordinator, GENESIS), entry.content)
+        before = self.heads.get(coordinator, GENESIS)
+        self.heads[coordinator] = scope_hash(before, entry.content)
         try:
             if entry.kind == "envelope":
-                charged = _charged(coordinator, body)
+                charged = _charged(coordinator, body, before)
                 self.charged[coordinator, charged.run_id, charged.dataset] = charged
             elif entry.kind in (State.RESERVED, State.BURNED):
                 use = _use(coordinator, body, State(entry.kind))
@@ -143,7 +154,7 @@ class Journal:
             raise LedgerCorrupt(f"journal line {entry.seq} ({entry.kind}) makes no sense here: {error!r}") from error
 
 
-def _charged(coordinator: str, body: Mapping[str, Any]) -> Charged:
+def _charged(coordinator: str, body: Mapping[str, Any], first_head: str) -> Charged:
     epsilon = math.inf if body["epsilon"] is None else float(body["epsilon"])
     return Charged(
         coordinator,
@@ -154,6 +165,7 @@ def _charged(coordinator: str, body: Mapping[str, Any]) -> Charged:
         body["relation"],
         float(body["delta"]),
         epsilon,
+        first_head,
     )
 
 
@@ -163,6 +175,8 @@ def _use(coordinator: str, body: Mapping[str, Any], state: State) -> Use:
         use.reason = RefusalReason(body["reason"])
     else:
         use.run_id, use.dataset, use.participation = body["run_id"], body["dataset"], body["participation"]
+        use.server_round = body["server_round"]
+        use.server_round, use.clipping_norm = body["server_round"], float(body["clipping_norm"])
         use.event = None if body["event"] is None else SampledGaussian.from_json(body["event"])
     return use
 

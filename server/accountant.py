@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
+from common.certificate import Attested
 from common.charge import charge
 from common.errors import BudgetExhausted, InvalidInput, Refused
 from common.ledger import GENESIS, Draft, Ledger
@@ -257,6 +258,12 @@ class EmbeddedAccountant:
         cost = charge(events, relation=budget.relation, delta=budget.target_delta)
         return Spent(events, cost.epsilon, cost.epsilon_rdp, budget.target_epsilon, budget.target_delta)
 
+    def attested(self, run_id: str, client: str) -> tuple[Attested, ...]:
+        """What counts for this client, as the certificate lists it."""
+        with self._reading() as book:
+            held = [(one.reservation, one.participation) for one in _account(book, run_id, client).spent()]
+        return tuple(Attested(r.reservation_id, r.server_round, place, r.event) for r, place in held)
+
     def participations(self, run_id: str, client: str) -> int:
         """The place in the envelope that this client's next reservation will take (from 0).
 
@@ -264,6 +271,11 @@ class EmbeddedAccountant:
         """
         with self._reading() as book:
             return _account(book, run_id, client).next_participation()
+
+    def counting(self, run_id: str, client: str) -> tuple[Held, ...]:
+        """Every reservation of the client that counts, in the order of reservation."""
+        with self._reading() as book:
+            return tuple(_account(book, run_id, client).spent())
 
     def next_attempt(self, run_id: str, server_round: int, client: str) -> int:
         """The attempt to ask for in that round: the first that was not voided (1 where nothing was asked yet).
@@ -398,13 +410,19 @@ def _denial(account: Account, ask: Ask) -> Denial | None:
         raise Refused(f"{ask.client} is registered with a budget, but no event was asked for")
     place = account.next_participation()
     envelope = account.registration.envelope
-    if envelope.allows(place, ask.event):
-        return None
     events, relation, delta = account.events(), budget.relation, budget.target_delta
+    if envelope.allows(place, ask.event) and (account.places_are_distinct() or _fits(account, ask.event, budget)):
+        return None
     spent = charge(events, relation=relation, delta=delta).epsilon
     asked = charge((*events, ask.event), relation=relation, delta=delta).epsilon
     reason = "envelope" if place < len(envelope.events) else "budget"
     return Denial(ask.client, spent, asked, max(0.0, budget.target_epsilon - spent), reason)
+
+
+def _fits(account: Account, event: SampledGaussian, budget: Budget) -> bool:
+    """Whether the envelope's ε still covers everything; asked only after a reply that came for a voided reservation."""
+    events = (*account.events(), event)
+    return charge(events, relation=budget.relation, delta=budget.target_delta).epsilon <= account.epsilon
 
 
 def _reservation_draft(run_id: str, server_round: int, ask: Ask, account: Account) -> Draft:

@@ -104,6 +104,11 @@ class Account:
         """The events that count, in the order of reservation."""
         return tuple(held.reservation.event for held in self.spent() if held.reservation.event is not None)
 
+    def places_are_distinct(self) -> bool:
+        """False when a voided reservation counts again and its place was given away meanwhile."""
+        places = [held.participation for held in self.spent()]
+        return len(set(places)) == len(places)
+
     def next_participation(self) -> int:
         """The lowest place of the envelope that no counting reservation holds."""
         taken = {held.participation for held in self.spent()}

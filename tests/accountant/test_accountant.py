@@ -41,6 +41,8 @@ def test_a_reservation_is_signed_and_counts_at_once(accountant, registration):
     assert spent.epsilon_rdp >= spent.epsilon
     assert (spent.target_epsilon, spent.target_delta) == (2.0, 1e-5)
     assert accountant.participations("run", "a") == 1
+    (line,) = accountant.attested("run", "a")
+    assert (line.reservation_id, line.participation, line.event) == (signed.reservation.reservation_id, 0, EVENT)
 
 
 def test_the_same_request_is_answered_with_the_same_reservation(accountant, reopen, registration):

@@ -14,6 +14,7 @@ from common.charge import charge
 from common.errors import LedgerCorrupt, Unavailable
 from common.ledger import Ledger
 from common.messages import RefusalReason
+from common.signing import SigningKey, verify
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {"a.lora_B": (4, 2), "b.lora_B": (3, 2)}
@@ -210,8 +211,6 @@ def test_nothing_is_given_while_the_anchor_cannot_be_written(parties):
 
 
 def test_a_coordinators_chain_says_nothing_of_the_others(parties):
-    from common.signing import SigningKey
-
     other = SigningKey.generate()
     guard = parties.guard(coordinator_keys=(parties.coordinator.public_key, other.public_key))
     parties.train(guard, parties.request())
@@ -223,8 +222,6 @@ def test_a_coordinators_chain_says_nothing_of_the_others(parties):
 
 
 def test_budgets_belong_to_data_sets_across_runs_and_coordinators(parties):
-    from common.signing import SigningKey
-
     cost = envelope_epsilon(parties.request(), 1e-6)
     other = SigningKey.generate()
     notes = DatasetPolicy(
@@ -270,3 +267,25 @@ def test_the_guard_type_is_a_context(parties):
     with Guard(parties.policy(), parties.folder / "own.sqlite", key=parties.client) as guard:
         assert guard.spent("notes").epsilon == 0
     parties.guard()
+
+
+def test_the_part_of_the_certificate_lists_what_began_and_is_signed(parties, guard):
+    coordinator = parties.coordinator.public_key
+    guard.admit(parties.request(run_id="before", dataset="unknown"), shapes=SHAPES)
+    first_head = guard.head(coordinator)
+    with pytest.raises(errors.Refused, match="never charged"):
+        guard.part(coordinator, "run", "notes", code_digest="c" * 64)
+    first, second = parties.request(), parties.request(server_round=2, participation=1)
+    parties.train(guard, first)
+    guard.admit(second, shapes=SHAPES)
+    guard.start(second)
+    guard = parties.restart()
+    guard.admit(parties.request(server_round=3, participation=2), shapes=SHAPES)  # admitted, and never began
+    signed = guard.part(coordinator, "run", "notes", code_digest="c" * 64)
+    part = signed.part
+    verify(guard.public_key, "certificate-part", part.to_json(), signed.signature)
+    assert [(item.server_round, item.participation) for item in part.rounds] == [(1, 0), (2, 1)]
+    assert part.private
+    assert part.envelope == first.plan.envelope
+    assert (part.first_head, part.last_head) == (first_head, guard.head(coordinator))
+    assert (part.delta, part.relation, part.target_epsilon, part.clipping_norm) == (1e-5, "add_remove", 1.0, 1.0)

@@ -1,0 +1,417 @@
+"""The end of a run as a statement that a third party can verify offline, years later, without us.
+
+Each client signs its own part: the events it attests, the reservations they were made under, the heads of its chain.
+The coordinator adds what its accountant reserved and signs the whole. ``verify_certificate`` believes no number: it
+checks both signatures, recomputes every ε from the events, and refuses anything that is not the exact canonical bytes.
+
+What a verifier learns: these parties attested these events, and this ε follows from them. What nobody learns from a
+certificate: that noise was really added, that declared sizes are true, that no other run exists
+(``common/statement.py`` says it in words).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.charge import charge
+from common.errors import InvalidInput, LedgerCorrupt, Refused
+from common.messages import Envelope
+from common.privacy import SampledGaussian
+from common.signing import SigningKey, canonical, digest, verify
+from common.statement import statement_of
+
+FORMAT = "cloister certificate"
+VERSION = 1
+TOLERANCE = 1e-6
+"""How far, relatively, a stated ε may lie below the recomputed one: another machine's rounding, and nothing else."""
+
+
+@dataclass(frozen=True)
+class Attested:
+    """One reservation: in which round, at which place of the envelope, and what it cost (None: without privacy)."""
+
+    reservation_id: str
+    server_round: int
+    participation: int
+    event: SampledGaussian | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "event": None if self.event is None else self.event.to_json()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Attested:
+        """The inverse of ``to_json``."""
+        event = None if value["event"] is None else SampledGaussian.from_json(value["event"])
+        return cls(**{**value, "event": event})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The Edgeworth estimate beside the certified number: never a guarantee, and less so when not ``in_regime``."""
+
+    epsilon: float
+    skewness: float
+    in_regime: bool
+
+
+@dataclass(frozen=True)
+class ClientPart:
+    """What one organisation signs.
+
+    Attributes:
+        run_id, client, dataset, public_key: who speaks, of which run and data set.
+        unit, relation, delta, sampler: what every ε here means.
+        target_epsilon: the budget; None without privacy.
+        declared_records, clipping_norm: declared constants.
+        envelope: charged as a whole; its ε is the guarantee, also for a run that ended early.
+        rounds: what began here, in order of reservation.
+        first_head, last_head: of the chain kept for this coordinator, before and after the run.
+        plan_hash: digest of run, data set and envelope; code_digest: of the program that trained.
+    """
+
+    run_id: str
+    client: str
+    dataset: str
+    public_key: str
+    relation: str
+    delta: float
+    target_epsilon: float | None
+    declared_records: int
+    clipping_norm: float
+    envelope: Envelope
+    rounds: tuple[Attested, ...]
+    first_head: str
+    last_head: str
+    code_digest: str
+    unit: str = "record"
+    sampler: str = "poisson"
+
+    @property
+    def private(self) -> bool:
+        """Whether everything that began was noised and sampled as an event says."""
+        return self.target_epsilon is not None and all(item.event is not None for item in self.rounds)
+
+    @property
+    def plan_hash(self) -> str:
+        """What the client agreed to before the first round."""
+        return digest({"run_id": self.run_id, "dataset": self.dataset, "envelope": self.envelope.to_json()})
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that is signed, with its hash; the ε follow from it and are not repeated."""
+        body = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        body["envelope"] = self.envelope.to_json()
+        body["rounds"] = [item.to_json() for item in self.rounds]
+        return {**body, "plan_hash": self.plan_hash}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ClientPart:
+        """The inverse of ``to_json``; ValueError when the plan's hash is not that of the rest."""
+        body = {name: item for name, item in value.items() if name != "plan_hash"}
+        body["envelope"] = Envelope.from_json(body["envelope"])
+        body["rounds"] = tuple(Attested.from_json(item) for item in body["rounds"])
+        part = cls(**body)
+        if value["plan_hash"] != part.plan_hash:
+            raise ValueError(f"{part.client}: the plan's hash is not that of the envelope")
+        return part
+
+
+@dataclass(frozen=True)
+class SignedPart:
+    """A client's part with its signature, as kind ``certificate-part``."""
+
+    part: ClientPart
+    signature: str
+
+
+@dataclass(frozen=True)
+class Epsilons:
+    """One client's certified numbers; None where there is no bound (no privacy, or no Rényi form).
+
+    Attributes:
+        epsilon, epsilon_rdp: of the rounds that were reserved, by PLD and by RDP. Valid for a stop that was not
+            decided from outputs.
+        envelope_epsilon, envelope_epsilon_rdp: of the whole envelope: the guarantee.
+        estimate: Edgeworth, for the rounds that were reserved.
+    """
+
+    epsilon: float | None
+    epsilon_rdp: float | None
+    envelope_epsilon: float | None
+    envelope_epsilon_rdp: float | None
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the coordinator signs: every part, what its accountant reserved, and what it says of the run.
+
+    Attributes:
+        accounted: per client, every reservation that counts on the coordinator's side (a reservation whose request
+            never arrived is here and not in the client's part: the larger spend is the truth).
+        epsilons: per client, stated; recomputed by every verification.
+        private, reasons: whether the statement of ε holds for the whole run, and if not, why not.
+        not_protected: what no ε here covers; notes: further facts, for people.
+    """
+
+    run_id: str
+    created: str
+    coordinator_key: str
+    accountant_key: str
+    accountant_head: str
+    accountant_head_signature: str
+    backbone_hash: str
+    initial_adapter_hash: str
+    adapter_hash: str
+    aggregation: str
+    server_optimizer: str
+    noise_schedule: str
+    noise_allocation: str
+    rounds_planned: int
+    rounds_run: int
+    simulation: bool
+    private: bool
+    reasons: tuple[str, ...]
+    parts: tuple[SignedPart, ...]
+    accounted: Mapping[str, tuple[Attested, ...]]
+    epsilons: Mapping[str, Epsilons]
+    not_protected: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    software: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that is signed."""
+        body = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        body["parts"] = [{"part": item.part.to_json(), "signature": item.signature} for item in self.parts]
+        body["accounted"] = {name: [item.to_json() for item in items] for name, items in self.accounted.items()}
+        body["epsilons"] = {name: asdict(item) for name, item in self.epsilons.items()}
+        return body
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Certificate:
+        """The inverse of ``to_json``."""
+        body = dict(value)
+        body["parts"] = tuple(
+            SignedPart(ClientPart.from_json(item["part"]), item["signature"]) for item in value["parts"]
+        )
+        body["accounted"] = {
+            name: tuple(Attested.from_json(item) for item in items) for name, items in value["accounted"].items()
+        }
+        body["epsilons"] = {name: _epsilons_from_json(item) for name, item in value["epsilons"].items()}
+        for name in ("reasons", "not_protected", "notes"):
+            body[name] = tuple(value[name])
+        return cls(**body)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What verification found; an inconsistent certificate raises instead.
+
+    Attributes:
+        private: what the certificate states, and its parts bear out.
+        epsilons: recomputed here.
+        pinned, unpinned: names of the parties whose keys were, and were not, given by the verifier.
+    """
+
+    certificate: Certificate
+    private: bool
+    epsilons: Mapping[str, Epsilons]
+    pinned: tuple[str, ...]
+    unpinned: tuple[str, ...]
+    statement: str = field(repr=False, default="")
+
+
+def sign_part(key: SigningKey, part: ClientPart) -> SignedPart:
+    """The client's signature over its part.
+
+    Raises:
+        InvalidInput: the part names another key.
+    """
+    if part.public_key != key.public_key:
+        raise InvalidInput(f"{part.client}: the part names another public key than the one that signs it")
+    return SignedPart(part, key.sign("certificate-part", part.to_json()))
+
+
+def epsilons_of(part: ClientPart, accounted: Sequence[Attested], estimate: Estimate | None = None) -> Epsilons:
+    """The certified numbers of one client: of what its coordinator's accountant reserved, and of the envelope."""
+    if not part.private or any(item.event is None for item in accounted):
+        return Epsilons(None, None, None, None)
+    rounds = charge(
+        [item.event for item in accounted if item.event is not None], relation=part.relation, delta=part.delta
+    )
+    whole = charge(part.envelope.events, relation=part.relation, delta=part.delta)
+    return Epsilons(
+        _finite(rounds.epsilon),
+        _finite(rounds.epsilon_rdp),
+        _finite(whole.epsilon),
+        _finite(whole.epsilon_rdp),
+        estimate,
+    )
+
+
+def issue(key: SigningKey, certificate: Certificate) -> bytes:
+    """The countersigned certificate: the exact bytes to write to a file.
+
+    Raises:
+        InvalidInput: it would not verify.
+    """
+    if certificate.coordinator_key != key.public_key:
+        raise InvalidInput("the certificate names another coordinator key than the one that signs it")
+    body = certificate.to_json()
+    signature = key.sign("certificate", body)
+    data = canonical({"format": FORMAT, "version": VERSION, "certificate": body, "signature": signature})
+    try:
+        verify_certificate(data)
+    except LedgerCorrupt as error:
+        raise InvalidInput(f"this certificate would not verify: {error}") from error
+    return data
+
+
+def verify_certificate(source: bytes | Path | str, *, public_key: str | Collection[str] | None = None) -> Verdict:
+    """Check everything that can be checked offline.
+
+    Args:
+        source: the bytes, or the file.
+        public_key: keys that the verifier trusts (coordinator's, accountant's, clients'); the coordinator's must be
+            among them. None: the embedded keys are used, and reported as not pinned.
+
+    Raises:
+        LedgerCorrupt: it does not verify. InvalidInput: the file cannot be read.
+        Refused: it is signed by other keys than the pinned ones.
+    """
+    body, signature = _parse(_read(source))
+    try:
+        certificate = Certificate.from_json(body)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise LedgerCorrupt(f"the certificate is malformed: {error}") from error
+    _check_signatures(certificate, body, signature)
+    epsilons = {item.part.client: _check_part(certificate, item.part) for item in certificate.parts}
+    _check_whole(certificate)
+    keys = {public_key} if isinstance(public_key, str) else set(public_key or ())
+    if keys and certificate.coordinator_key not in keys:
+        raise Refused("the certificate is not signed by the pinned coordinator key")
+    parties = {"coordinator": certificate.coordinator_key, "accountant": certificate.accountant_key}
+    parties |= {item.part.client: item.part.public_key for item in certificate.parts}
+    pinned = tuple(name for name, item in parties.items() if item in keys)
+    unpinned = tuple(name for name, item in parties.items() if item not in keys)
+    return Verdict(
+        certificate, certificate.private, epsilons, pinned, unpinned, statement_of(certificate, epsilons, unpinned)
+    )
+
+
+def statement(certificate: Certificate) -> str:
+    """The certificate in plain English: who is protected, against whom, by which ε, and what is not covered."""
+    return statement_of(certificate, certificate.epsilons, ())
+
+
+def _finite(epsilon: float) -> float | None:
+    return epsilon if math.isfinite(epsilon) else None
+
+
+def _epsilons_from_json(value: Mapping[str, Any]) -> Epsilons:
+    estimate = None if value["estimate"] is None else Estimate(**value["estimate"])
+    return Epsilons(**{**value, "estimate": estimate})
+
+
+def _read(source: bytes | Path | str) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"{source}: the certificate cannot be read ({error.strerror})") from error
+
+
+def _parse(data: bytes) -> tuple[dict[str, Any], str]:
+    """Body and signature of the exact canonical bytes, and of nothing else."""
+    try:
+        outer = json.loads(data.decode("utf-8"))
+        exact = canonical(outer) == data
+    except (ValueError, RecursionError) as error:
+        raise LedgerCorrupt(f"the certificate is no canonical JSON: {error}") from error
+    if not exact:
+        raise LedgerCorrupt("the certificate is not in its canonical form: it was changed or reformatted")
+    known = isinstance(outer, dict) and set(outer) == {"format", "version", "certificate", "signature"}
+    if not known or outer["format"] != FORMAT or not isinstance(outer["certificate"], dict):
+        raise LedgerCorrupt("this file is no certificate")
+    if type(outer["version"]) is not int or outer["version"] != VERSION:
+        raise LedgerCorrupt(f"certificate version {outer['version']!r} is unknown here")
+    return outer["certificate"], str(outer["signature"])
+
+
+def _check_signatures(certificate: Certificate, body: Mapping[str, Any], signature: str) -> None:
+    try:
+        verify(certificate.coordinator_key, "certificate", body, signature)
+        head = {"head": certificate.accountant_head}
+        verify(certificate.accountant_key, "head", head, certificate.accountant_head_signature)
+        for item in certificate.parts:
+            verify(item.part.public_key, "certificate-part", item.part.to_json(), item.signature)
+    except (Refused, TypeError, AttributeError) as error:
+        raise LedgerCorrupt(f"the certificate does not verify: {error}") from error
+
+
+def _check_part(certificate: Certificate, part: ClientPart) -> Epsilons:
+    """One client's attestation against the coordinator's, and its ε recomputed; returns the recomputed numbers."""
+    if part.run_id != certificate.run_id:
+        raise LedgerCorrupt(f"{part.client}: its part speaks of another run")
+    accounted = certificate.accounted.get(part.client, ())
+    if len({item.reservation_id for item in accounted}) < len(accounted):
+        raise LedgerCorrupt(f"{part.client}: a reservation is listed twice")
+    missing = [item.reservation_id for item in part.rounds if item not in accounted]
+    if missing:
+        raise LedgerCorrupt(f"{part.client} attests reservation {missing[0]}, which the accountant does not list so")
+    stated = certificate.epsilons.get(part.client)
+    if stated is None:
+        raise LedgerCorrupt(f"{part.client}: no ε is stated")
+    _check_envelope(part, accounted)
+    found = epsilons_of(part, accounted, stated.estimate)
+    for name in ("epsilon", "epsilon_rdp", "envelope_epsilon", "envelope_epsilon_rdp"):
+        _check_number(part.client, name, getattr(stated, name), getattr(found, name))
+    return found
+
+
+def _check_envelope(part: ClientPart, accounted: Sequence[Attested]) -> None:
+    """Every reserved event lies inside the envelope, at a place of its own; the envelope lies inside the budget."""
+    if not part.private:
+        return
+    if not 0 < part.delta < 1 / part.declared_records:
+        raise LedgerCorrupt(f"{part.client}: δ = {part.delta:g} is not below 1/declared_records")
+    places = [item.participation for item in accounted if item.event is not None]
+    if len(set(places)) < len(places):
+        raise LedgerCorrupt(f"{part.client}: a place of the envelope is used twice")
+    for item in accounted:
+        if item.event is not None and not part.envelope.allows(item.participation, item.event):
+            raise LedgerCorrupt(f"{part.client}: the event of round {item.server_round} lies outside the envelope")
+    whole = charge(part.envelope.events, relation=part.relation, delta=part.delta).epsilon
+    if part.target_epsilon is not None and not whole <= part.target_epsilon * (1 + TOLERANCE):
+        raise LedgerCorrupt(f"{part.client}: the envelope's ε {whole:.6g} is above its budget {part.target_epsilon:g}")
+
+
+def _check_number(client: str, name: str, stated: float | None, found: float | None) -> None:
+    if stated is None and found is None:
+        return
+    if stated is None or found is None or not stated >= found * (1 - TOLERANCE):
+        raise LedgerCorrupt(f"{client}: {name} is stated as {stated}, but its events give {found}")
+
+
+def _check_whole(certificate: Certificate) -> None:
+    """No client twice or missing, no privacy stated that the parts do not bear out, no reason left out."""
+    names = [item.part.client for item in certificate.parts]
+    if (
+        len(set(names)) < len(names)
+        or set(names) != set(certificate.accounted)
+        or set(names) != set(certificate.epsilons)
+    ):
+        raise LedgerCorrupt("parts, reservations and ε do not speak of the same clients")
+    bearing = all(certificate.epsilons[name].epsilon is not None for name in names)
+    if certificate.private and (not bearing or certificate.reasons):
+        raise LedgerCorrupt(
+            "the certificate says private, but a part was made without privacy or a reason speaks against it"
+        )
+    if not certificate.private and not certificate.reasons:
+        raise LedgerCorrupt("the certificate says not private, but gives no reason")

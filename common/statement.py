@@ -1,0 +1,107 @@
+"""A certificate in words: what it promises, to whom, and what it does not cover.
+
+Certificate, model card and report say the same sentences, because all three take them from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from common.certificate import Certificate, Epsilons
+
+RELATIONS = {
+    "add_remove": "one record is added or removed",
+    "zero_out": "one record is replaced by one that contributes nothing",
+    "replace_one": "one record is replaced by any other",
+}
+
+UNITS = {
+    "record": "each training record of one organisation",
+    "user": "all records that one person has at one organisation",
+    "client": "everything one organisation holds",
+}
+
+
+def not_protected(*, release: str, anchored: bool, simulation: bool, unit: str = "record") -> tuple[str, ...]:
+    """What no ε of this run covers, in the order in which a reader should hear it."""
+    items: list[str] = []
+    if simulation:
+        items.append("one process ran every party: there was no trust boundary between them")
+    if unit == "record":
+        items.append("a person with several records, at one organisation or several, is protected less than one record")
+    if release != "slot":
+        items.append("timing: when a reply leaves may depend on the records (the release slot is off)")
+    if not anchored:
+        items.append("a client machine that is set back to an older state (no outside anchor is set)")
+    items += [
+        "floating-point arithmetic and kernels that differ between runs: the proof is for real numbers",
+        "other runs on the same data: this certificate speaks of one run",
+        "anything an organisation publishes by other means",
+    ]
+    return tuple(items)
+
+
+def statement_of(certificate: Certificate, epsilons: Mapping[str, Epsilons], unpinned: Sequence[str]) -> str:
+    """Paragraphs and lists in plain English (Markdown that also reads as text)."""
+    parts = [_headline(certificate), *_clients(certificate, epsilons)]
+    if certificate.private:
+        parts.append(_meaning(certificate))
+    parts.append("Not protected:\n" + "\n".join(f"- {item}" for item in certificate.not_protected))
+    if certificate.notes:
+        parts.append("Notes:\n" + "\n".join(f"- {item}" for item in certificate.notes))
+    parts.append(
+        "What a verifier learns: these parties attested these events, and these ε follow from them. Not learned: that "
+        "the noise was really added, that the declared sizes are true, that no other run exists."
+    )
+    if unpinned:
+        parts.append(f"Keys that were taken from the certificate itself, not pinned: {', '.join(unpinned)}.")
+    return "\n\n".join(parts)
+
+
+def _headline(certificate: Certificate) -> str:
+    rounds = f"{certificate.rounds_run} of {certificate.rounds_planned} rounds"
+    where = "a simulation" if certificate.simulation else "a federation"
+    if certificate.private:
+        return f"Run {certificate.run_id} ({where}, {rounds}) is differentially private."
+    reasons = "; ".join(certificate.reasons)
+    return f"Run {certificate.run_id} ({where}, {rounds}) is NOT PRIVATE: {reasons}."
+
+
+def _clients(certificate: Certificate, epsilons: Mapping[str, Epsilons]) -> list[str]:
+    lines = []
+    for signed in certificate.parts:
+        part, numbers = signed.part, epsilons[signed.part.client]
+        if numbers.envelope_epsilon is None or numbers.epsilon is None:
+            lines.append(f"- {part.client} ({part.dataset}): no guarantee")
+            continue
+        rdp = "" if numbers.epsilon_rdp is None else f", by RDP {numbers.epsilon_rdp:.4g}"
+        estimate = ""
+        if numbers.estimate is not None:
+            regime = "in its regime" if numbers.estimate.in_regime else "outside its regime"
+            estimate = f"; Edgeworth estimate {numbers.estimate.epsilon:.4g}, no guarantee, {regime}"
+        claim = "" if certificate.private else "no guarantee; accounted as "
+        lines.append(
+            f"- {part.client} ({part.dataset}): {claim}ε ≤ {_up(numbers.envelope_epsilon)} at δ = {part.delta:g} "
+            f"(unit {part.unit}, relation {part.relation}, {part.sampler} sampling); for the {len(part.rounds)} rounds "
+            f"run, if the stop was not decided from outputs, ε ≤ {_up(numbers.epsilon)}{rdp}{estimate}"
+        )
+    return ["\n".join(lines)] if lines else []
+
+
+def _meaning(certificate: Certificate) -> str:
+    part = certificate.parts[0].part
+    unit = UNITS.get(part.unit, part.unit)
+    relation = RELATIONS.get(part.relation, part.relation)
+    return (
+        f"Protected is {unit}, against everybody outside that organisation: the coordinator, the other organisations "
+        f"and whoever gets the adapter. Neighbouring data sets differ in that {relation}. Organisations that share no "
+        "person cost the largest of these ε, not their sum; a person at several organisations costs the sum."
+    )
+
+
+def _up(epsilon: float) -> str:
+    """Three decimals, never below the number."""
+    rounded = f"{epsilon:.3f}"
+    return rounded if float(rounded) >= epsilon else f"{epsilon + 0.0005:.3f}"
