@@ -19,7 +19,8 @@ from common.privacy.checks import Relation, TooLarge, known_relation
 class Charge:
     """Two upper bounds of the same ε; ``epsilon`` (PLD) opens gates, ``epsilon_rdp`` stands beside it.
 
-    ``epsilon_rdp`` is infinite where Rényi accounting does not cover the relation.
+    Where the PLD gives no bound within its limits, ``epsilon`` is the Rényi bound. Both are infinite, and fit into no
+    budget, where nothing is known; ``epsilon_rdp`` alone where Rényi accounting does not cover the relation.
     """
 
     epsilon: float
@@ -49,11 +50,13 @@ def charge(events: Iterable[SampledGaussian], *, relation: str, delta: float) ->
 def _charge(events: tuple[SampledGaussian, ...], relation: Relation, delta: float) -> Charge:
     if not events:
         return Charge(0.0, 0.0)
+    by_rdp = _rdp(events, relation, delta)
     try:
         epsilon = PLDAccountant(relation=relation).compose_all(events).epsilon(delta=delta)
-    except TooLarge:  # no bound was obtained within the limits: it fits into no budget
+    except TooLarge:
         epsilon = math.inf
-    return Charge(epsilon, _rdp(events, relation, delta))
+    # Without a PLD bound within its limits the Rényi bound stands in: an upper bound as well. Without either: infinity.
+    return Charge(epsilon if math.isfinite(epsilon) else by_rdp, by_rdp)
 
 
 def _rdp(events: tuple[SampledGaussian, ...], relation: Relation, delta: float) -> float:

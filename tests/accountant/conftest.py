@@ -9,7 +9,7 @@ from common.privacy import SampledGaussian
 from common.signing import SigningKey
 from server.accountant import Budget, EmbeddedAccountant, Registration
 
-EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=10)
+EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=100)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from common.privacy import PLDAccountant, SampledGaussian
 from common.signing import SigningKey, verify
 from server.accountant import Ask, EmbeddedAccountant, Outcome, Registration
 
-EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=10)
-STRONGER = SampledGaussian(noise_multiplier=0.9, sample_rate=0.01, steps=10)
+EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=100)
+STRONGER = SampledGaussian(noise_multiplier=0.9, sample_rate=0.01, steps=100)
 
 
 def reserve(accountant, server_round=1, client="a", event=EVENT, attempt=1, run="run"):
@@ -51,7 +51,7 @@ def test_the_same_request_is_answered_with_the_same_reservation(accountant, reop
     assert reserve(accountant) == first
     assert reserve(reopen()) == first
     with pytest.raises(Refused, match="used for another event"):
-        reserve(accountant, event=SampledGaussian(2.0, 0.01, 10))
+        reserve(accountant, event=SampledGaussian(2.0, 0.01, 100))
     assert accountant.participations("run", "a") == 1
 
 
@@ -70,7 +70,7 @@ def test_an_exhausted_client_is_named_and_the_others_go_on(accountant, registrat
 
 @pytest.mark.parametrize(
     "event",
-    [STRONGER, SampledGaussian(1.0, 0.02, 10), SampledGaussian(1.0, 0.01, 11)],
+    [STRONGER, SampledGaussian(1.0, 0.02, 100), SampledGaussian(1.0, 0.01, 101)],
     ids=["less-noise", "more-records", "more-steps"],
 )
 def test_an_event_outside_the_envelope_is_denied_and_costs_nothing(accountant, registration, event):

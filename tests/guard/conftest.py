@@ -30,7 +30,7 @@ class Parties:
     def policy(self, **changes: Any) -> Policy:
         values: dict[str, Any] = {
             "organisation": "clinic-a",
-            "datasets": {"notes": DatasetPolicy(declared_records=1000, target_epsilon=1.0)},
+            "datasets": {"notes": DatasetPolicy(declared_records=1000, target_epsilon=2.0)},
             "min_noise_multiplier": 0.5,
             "max_sample_rate": 0.05,
             "max_steps_per_round": 8,

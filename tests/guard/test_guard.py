@@ -51,7 +51,7 @@ def test_the_whole_envelope_is_charged_before_the_first_round_and_once(parties, 
     parties.train(guard, parties.request(server_round=2, participation=1))
     spent = guard.spent("notes")
     assert (spent.epsilon, spent.delta) == (pytest.approx(cost), 1e-5)
-    assert spent.left == pytest.approx(1.0 - cost)
+    assert spent.left == pytest.approx(2.0 - cost)
 
 
 @pytest.mark.parametrize("restarted", [False, True])
@@ -255,7 +255,7 @@ def test_data_sets_of_one_group_share_one_budget(parties):
 def test_a_run_without_privacy_needs_the_policys_word_and_is_infinite(parties, guard):
     request = parties.request(event=None)
     assert guard.admit(request, shapes=SHAPES).refusal.reason is RefusalReason.POLICY
-    public = DatasetPolicy(declared_records=1000, target_epsilon=1.0, without_privacy=True)
+    public = DatasetPolicy(declared_records=1000, target_epsilon=2.0, without_privacy=True)
     guard = parties.restart(datasets={"notes": public})
     assert isinstance(guard.admit(parties.request(event=None), shapes=SHAPES), Granted)
     assert guard.spent("notes").epsilon == float("inf")
@@ -288,4 +288,4 @@ def test_the_part_of_the_certificate_lists_what_began_and_is_signed(parties, gua
     assert part.private
     assert part.envelope == first.plan.envelope
     assert (part.first_head, part.last_head) == (first_head, guard.head(coordinator))
-    assert (part.delta, part.relation, part.target_epsilon, part.clipping_norm) == (1e-5, "add_remove", 1.0, 1.0)
+    assert (part.delta, part.relation, part.target_epsilon, part.clipping_norm) == (1e-5, "add_remove", 2.0, 1.0)
