@@ -7,6 +7,7 @@
 
 from common.privacy.calibrate import calibrate_noise_multiplier
 from common.privacy.checks import DELTA_FLOOR, RELATIONS, Relation, TooLarge
+from common.privacy.edgeworth import EdgeworthAccountant, EdgeworthEstimate
 from common.privacy.events import SampledGaussian, events_from_json, events_to_json
 from common.privacy.gdp import gdp_delta, gdp_epsilon, gdp_mu
 from common.privacy.pld import PLDAccountant
@@ -15,6 +16,8 @@ from common.privacy.rdp import RDPAccountant
 __all__ = [
     "DELTA_FLOOR",
     "RELATIONS",
+    "EdgeworthAccountant",
+    "EdgeworthEstimate",
     "PLDAccountant",
     "RDPAccountant",
     "Relation",
