@@ -209,6 +209,12 @@ class Guard:
             epsilon, delta = self._journal.spent(dataset, allowed.group)
         return DatasetSpent(epsilon, delta, allowed.target_epsilon, allowed.target_delta)
 
+    def uses(self, coordinator: str, run_id: str) -> tuple[Use, ...]:
+        """What that coordinator's run asked for and was not refused, oldest first."""
+        with self._lock:
+            every = self._journal.uses.values()
+            return tuple(use for use in every if (use.coordinator, use.run_id) == (coordinator, run_id))
+
     def part(self, coordinator: str, run_id: str, dataset: str, *, code_digest: str) -> SignedPart:
         """This organisation's signed part of the run's certificate.
 
