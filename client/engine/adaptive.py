@@ -1,8 +1,8 @@
 """Adaptive clipping with its charged release.
 
-After Andrew, Thakkar, McMahan, Ramaswamy 2021, "Differentially private learning with adaptive clipping". The threshold follows a quantile of the gradient norms: C ← C·exp(−η(b̃ − γ)), inside a public range, where b̃ is the
-noised fraction of *unclipped* records, bits centred so that one record moves the count by ½. b̃ and C stay in the
-organisation.
+After Andrew, Thakkar, McMahan, Ramaswamy 2021, "Differentially private learning with adaptive clipping". The threshold
+follows a quantile of the gradient norms: C ← C·exp(−η(b̃ − γ)), inside a public range, where b̃ is the noised fraction of
+*unclipped* records, bits centred so that one record moves the count by ½. b̃ and C stay in the organisation.
 
 >>> rule = AdaptiveClipping(quantile=0.5, learning_rate=0.2, lower=0.01, upper=10.0, count_noise=10.0)
 >>> round(rule.gradient_noise_multiplier(1.0), 5)   # slightly more noise on the gradient pays for the count

@@ -35,7 +35,7 @@ class Batch:
     """A micro-batch on the model's device.
 
     Attributes:
-        input_ids: [b, T]; attention_mask: [b, T] of 0 and 1, or None when nothing is padded.
+        input_ids: [b, T]; attention_mask: [b, T] of 0 and 1, or None when none is needed.
         labels: [b, T] with -100, or class ids [b].
         seeds: [b] 64-bit integers that each record's dropout masks follow from; None switches dropout off.
     """
@@ -102,7 +102,11 @@ def micro_batches(examples: Sequence[Example], *, rows: int, tokens: int) -> Ite
 
 
 def collate(examples: Sequence[Example], *, pad_token_id: int, device: torch.device) -> Batch:
-    """Pad on the right to the longest of ``examples``; padding carries no label and no attention."""
+    """Pad on the right to the longest of ``examples``; padding carries no label and no attention.
+
+    A causal model never looks to the right, so it gets no mask: its attention is faster without one, and with a sliding
+    window a padded position whose keys are all masked would be 0/0 in some models.
+    """
     longest = max(len(e.input_ids) for e in examples)
     ids = np.full((len(examples), longest), pad_token_id, dtype=np.int64)
     mask = np.zeros((len(examples), longest), dtype=np.int64)
@@ -116,5 +120,5 @@ def collate(examples: Sequence[Example], *, pad_token_id: int, device: torch.dev
             labels[row, :size] = example.labels
         else:
             labels[row] = int(example.labels)
-    attention = None if mask.all() else torch.from_numpy(mask).to(device)
+    attention = None if causal or mask.all() else torch.from_numpy(mask).to(device)
     return Batch(torch.from_numpy(ids).to(device), attention, torch.from_numpy(labels).to(device))

@@ -24,6 +24,7 @@ from client.engine.fused import FusedRows
 from client.engine.layout import Arena, Layout
 from client.engine.losses import Loss, causal_lm_loss, classification_loss
 from client.engine.opacus_rows import OpacusRows
+from client.engine.stock import looks_ahead
 from common.errors import InvalidInput
 
 TASKS = ("causal-lm", "classification")
@@ -161,7 +162,7 @@ class Engine:
         return total[: self.num_parameters].to(torch.float32)
 
     def batch(self, group: Sequence[Example]) -> Batch:
-        """Pad usable examples to one micro-batch on the model's device, with their dropout seeds where dropout is on."""
+        """Pad usable examples to one micro-batch on the model's device, with dropout seeds where dropout is on."""
         batch = collate(group, pad_token_id=self.pad_token_id, device=self.layout.device)
         if self._dropout_secret is None:
             return batch
@@ -266,6 +267,8 @@ def _loss(task: str, source: RowSource, chunk: int | None) -> Loss:
         return classification_loss
     if source.model.get_output_embeddings() is None:
         raise InvalidInput(f"{type(source.model).__name__} has no language-model head; use AutoModelForCausalLM")
+    if looks_ahead(source.model):
+        raise InvalidInput("the model's attention looks ahead, so it is no causal language model; set is_decoder=True")
     if chunk is not None and (chunk < 1 or source.trains_head):
         raise InvalidInput("vocabulary_chunk must be >= 1 and needs a frozen output head; leave it out")
     return causal_lm_loss(head_is_trained=source.trains_head, chunk=chunk)

@@ -30,8 +30,7 @@ def causal_lm_loss(*, head_is_trained: bool, chunk: int | None = None) -> Loss:
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         targets = F.pad(batch.labels, (0, 1), value=IGNORED)[:, 1:]
-        counts = (targets != IGNORED).sum(1)
-        weights = 1.0 / counts.clamp(min=1)
+        weights = 1.0 / (targets != IGNORED).sum(1).clamp(min=1).double()
         gather = _padded if head_is_trained else _flat
         index, kept, owner = gather(targets)
         if not index.numel():

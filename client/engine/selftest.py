@@ -93,7 +93,7 @@ def _check_sum(engine: Engine, examples: list[Example]) -> None:
         wrong = _differ(rows.sum(0)[part], stock[part])
         # A gradient far below the rest (a key's bias) is rounding alone; measure it against the whole.
         small = float(stock[part].norm()) < 1e-3 * float(stock.norm())
-        if wrong > _tolerance(engine) and not small:
+        if not (wrong <= _tolerance(engine) or small):
             raise InvalidInput(
                 f"{name}: the per-example gradients do not add up to the model's own gradient "
                 f'(relative difference {wrong:.2g}); take the module out of target_modules or use engine = "opacus"'
@@ -117,7 +117,7 @@ def _check_neighbours(engine: Engine, examples: list[Example], rows: Tensor, alo
     other = Example(loud, loud if engine.fit.task == "causal-lm" else engine.fit.num_labels - 1)
     for row in (rows[0], _rows(engine, [first, other, other, other], "four examples")[0]):
         moved = _differ(row, alone)
-        if moved > _tolerance(engine):
+        if not moved <= _tolerance(engine):
             raise InvalidInput(
                 f"a record's gradient changes with its neighbours in the batch (relative {moved:.2g}): some layer lets "
                 "records touch each other (batch statistics, expert capacity, dynamic scales); use another backbone"

@@ -15,6 +15,7 @@ from client.engine.engine import Engine
 from client.engine.fused import FusedRows
 from client.engine.losses import causal_lm_loss, classification_loss
 from client.engine.noise import NoiseSource, grid_step
+from client.engine.stock import looks_ahead
 from common.errors import InvalidInput
 
 
@@ -116,9 +117,16 @@ def clipped_gradient_sum(model: nn.Module, batch: Mapping[str, Tensor], *, clipp
     loss = causal_lm_loss(head_is_trained=source.trains_head) if labels.ndim == 2 else classification_loss
     total = source.arena_vector()
     if labels.shape[0]:
-        found = Batch(batch["input_ids"], batch.get("attention_mask"), labels)
+        mask = batch.get("attention_mask")
+        if mask is not None and labels.ndim == 2 and _padded_right(mask) and not looks_ahead(model):
+            mask = None  # as in ``collate``
+        found = Batch(batch["input_ids"], mask, labels)
         rule.add(source.rows(found, loss), source.layout, total)
     return source.layout.unflatten(total[: source.layout.num_parameters].to(torch.float32))
+
+
+def _padded_right(mask: Tensor) -> bool:
+    return bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 
 def _positive(**named: float) -> None:

@@ -23,15 +23,22 @@ def precision(layout: Layout, autocast: torch.dtype | None) -> AbstractContextMa
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), except the flag that Hugging Face's layers ask before they checkpoint."""
-    flags = [(module, module.training) for module in model.modules()]
+    """Evaluation mode (no dropout), except the flag that Hugging Face's layers ask before they checkpoint.
+
+    A layer under that flag which applies a dropout rate of its own (OPT's) has the rate set to 0 meanwhile.
+    """
+    kept = [(module, "training", module.training) for module in model.modules()]
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            kept += [(module, k, v) for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
     try:
-        for module, _ in flags:
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
+        for module, name, _ in kept:
+            checkpointing = name == "training" and bool(getattr(module, "gradient_checkpointing", False))
+            setattr(module, name, 0.0 if name != "training" else checkpointing)
         yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        for module, name, value in kept:
+            setattr(module, name, value)
 
 
 @contextmanager
@@ -46,6 +53,15 @@ def without_gradients(layout: Layout) -> Iterator[None]:
     finally:
         for name, parameter in layout.parameters.items():
             parameter.grad = kept[name]
+
+
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether a position's logits depend on later tokens, tried on made-up tokens: true for a plain encoder."""
+    device = next(model.parameters()).device
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device) % model.get_input_embeddings().weight.shape[0]
+    with evaluating(model), torch.no_grad():
+        first, second = model(input_ids=tokens, use_cache=False).logits[:, :3].float()
+    return not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max()))
 
 
 def stock_gradient(
