@@ -50,8 +50,8 @@ class EdgeworthEstimate:
         epsilon: the estimate of ε (may lie on either side of the true one).
         delta: the δ it was asked for.
         skewness: of the expanded distribution (the tilted one at the saddle, or the plain one) in the worse direction.
-        in_regime: True only for the tilted form where \|skewness\| < 0.3 (and the next two standardised cumulants are below
-            0.2) at a saddle that was found, and the other direction cannot be the worse one.
+        in_regime: True only for the tilted form, where \|skewness\| < 0.3 (and the next two standardised cumulants
+            are below 0.2) at a saddle that was found, and the other direction cannot be the worse one.
         interval: the published finite-sample interval of the plain order-1 form, if it is narrower than 1; else None.
     """
 

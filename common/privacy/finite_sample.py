@@ -3,7 +3,8 @@
 Derumigny, Girard, Guyonvarch (2024, Sankhya A 86, 261-336; arXiv 2101.05780), the bound for independent and equally
 distributed summands with four moments, from which the Edgeworth accountant (Wang et al. 2022) takes its interval.
 For the standardised sum of n steps sup_x |F(x) − F_1(x)| <= Ω_1 + Ω_2 + Ω_3 with T = 2π sqrt(n)/K̃_3; K_r and λ_3 are
-the absolute and plain standardised moments of one step, and K̃_3 = K_3 + E|X|/B. Moments are centred, as the bound asks.
+the absolute and plain standardised moments of one step, and K̃_3 = K_3 + E|X|/B. Moments are centred, as the bound
+asks.
 """
 
 from __future__ import annotations
