@@ -176,6 +176,17 @@ def _export(
         _say(f"{output}: {count} lines")
 
 
+@ledger_app.command("migrate")
+def _migrate(source: Source) -> None:
+    """Bring a ledger's schema to the newest revision (needs the extra ``postgres``)."""
+    try:
+        from deploy.migrations import upgrade
+    except ImportError as error:
+        raise InvalidInput("Alembic is not installed; pip install 'cloister[postgres]'") from error
+    upgrade(source)
+    _say(f"{source}: the schema is the newest one")
+
+
 @certificate_app.callback()
 def _certificate() -> None:
     """Check what a run states about itself."""

@@ -11,6 +11,7 @@ from common.ledger import Draft, Ledger, verify_rows
 from common.ledger_export import export_lines, read_export, verify_export
 from deploy.ledger_commands import certificate_app, export_ledger, ledger_app, read_anchor, verify_ledger
 
+TEXT = 'a "quoted", [b]ε[/b]\u2028\x1c'
 FORMS = ["json", "csv"]
 
 
@@ -19,7 +20,7 @@ def path(tmp_path):
     path = tmp_path / "ledger.sqlite"
     with Ledger(path, clock=lambda: 1.9e9) as ledger:
         ledger.append_many([
-            Draft("reserve", f"run-{i % 2}", {"n": i, "text": 'a "quoted", [b]ε[/b]\u2028\x1c'}, f"k{i}" if i % 3 else None)
+            Draft("reserve", f"run-{i % 2}", {"n": i, "text": TEXT}, f"k{i}" if i % 3 else None)
             for i in range(20)
         ])  # fmt: skip
     return path
@@ -85,7 +86,7 @@ def test_the_commands_say_what_they_found(path, tmp_path):
     anchor = tmp_path / "head"
     anchor.write_text(found["head"] + "\n")
     assert json.loads(run(ledger_app, "verify", path, "--anchor", anchor, "--json").output)["anchored"] is True
-    shown = [json.loads(line) for line in run(ledger_app, "show", path, "--last", 3, "--json").output.splitlines()]
+    shown = [json.loads(line) for line in run(ledger_app, "show", path, "--last", 3, "--json").output.split("\n")[:-1]]
     assert [line["seq"] for line in shown] == [18, 19, 20]
     assert "run-1" in run(ledger_app, "show", path, "--scope", "run-1", "--kind", "reserve").output
     exported = run(ledger_app, "export", path, "-o", tmp_path / "out.csv", "--format", "csv", "--json")
