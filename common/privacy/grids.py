@@ -31,14 +31,13 @@ _GAP: Final[Array] = np.where(LADDER[None, :] > LADDER[:, None], LADDER[None, :]
 class Grid:
     """Where and how finely the losses of single steps are resolved: what a cached spectrum depends on.
 
-    Tuples hold one entry per direction (P‖Q, then Q‖P where the pair is not symmetric). Everything is rounded to coarse
-    ladders, so that the grid changes seldom while rounds are added.
+    Everything is rounded to coarse ladders, so that the grid changes seldom while rounds are added.
 
     Attributes:
         spacing: h in nats; 2^k or 1.5 * 2^k, so that every i * h is exact in double precision.
         size: number of points N of the transform, 2^k or 3 * 2^k.
         cap: losses of one step above ``cap`` grid points count as infinite.
-        tilt: θ, see ``spectrum``.
+        tilt: θ per direction (P‖Q, then Q‖P where the pair is not symmetric); see ``spectrum``.
         order: order λ of the Chernoff bound on the mass above the window.
         width: how many standard deviations of one step's noise are resolved.
     """
@@ -47,7 +46,7 @@ class Grid:
     size: int
     cap: int
     tilt: tuple[float, ...]
-    order: tuple[float, ...]
+    order: float
     width: float
 
 
@@ -57,12 +56,12 @@ class Window:
 
     Attributes:
         grid: where the losses of single steps are resolved.
-        top: the highest loss of the window in grid points, per direction.
+        top: the highest loss of the window in grid points.
         error: by how much the spacing is expected to raise ε, in nats (an estimate, for choosing a finer one).
     """
 
     grid: Grid
-    top: tuple[int, ...]
+    top: int
     error: float
 
 
@@ -90,16 +89,16 @@ def choose(
     """
     log_inverse = -math.log(delta)
     bound = (moments + _CONVERSION + log_inverse) / LADDER  # ε at Rényi order λ + 1 (Canonne et al. 2020, Prop. 12)
-    highest = (moments + log_inverse + _RESERVE) / LADDER
+    highest = (moments.max(axis=0) + log_inverse + _RESERVE)[::2] / LADDER[::2]
     targets, saddle = np.min(bound, axis=1), LADDER[np.argmin(bound, axis=1)]
-    order = LADDER[::2][np.argmin(highest[:, ::2], axis=1)]
-    tops = np.maximum(np.min(highest[:, ::2], axis=1), 1.1 * reach)
-    target = max(float(targets.max()), float(tops.max()) / 100)
+    order = float(LADDER[::2][np.argmin(highest)])
+    top = max(float(highest.min()), 1.1 * reach)
+    target = max(float(targets.max()), top / 100)
     tilt, length = zip(
         *(_tilt(k, log_inverse, max(float(e), 0.0)) for k, e in zip(moments, targets, strict=True)), strict=True
     )
     cost = (float(saddle[np.argmax(targets)]) + 1) * steps / 12  # ε grows by about cost * h²
-    window = max(float(tops.max()), *length)
+    window = max(top, *length)
     finest = window / min(_MOST, _MOST_WORK // distinct)
     wanted = min(math.sqrt(TOLERANCE * target / cost), spacing, window / _FEWEST)
     if not math.isfinite(window) or cost * finest**2 > _COARSEST * target:
@@ -108,11 +107,12 @@ def choose(
             f"with {_MOST_WORK} grid points; it was refused rather than approximated"
         )
     h = _round(max(wanted, finest), up=wanted < finest)
-    size = int(_round(max(window / h, float(tops.max()) / h + 2), up=True))
-    cap = math.ceil(2.0 ** math.ceil(math.log2(float(tops.max()))) / h)
+    size = int(_round(max(window / h, top / h + 3), up=True))
+    cap = math.ceil(2.0 ** math.ceil(math.log2(top)) / h)
     width = float(math.ceil(-float(ndtri(delta * math.exp(-_RESERVE) / steps))))
-    grid = Grid(h, size, cap, tilt, tuple(order.tolist()), width)
-    return Window(grid, tuple(math.ceil(top / h) for top in tops), cost * h**2)
+    # Beyond θh = 1/2 a tilt resolves the rounding of losses, not the losses.
+    grid = Grid(h, size, cap, tuple(min(t, 2.0 ** math.floor(-1 - math.log2(h))) for t in tilt), order, width)
+    return Window(grid, math.ceil(top / h) + 1, cost * h**2)
 
 
 def _round(value: float, *, up: bool) -> float:

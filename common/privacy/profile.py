@@ -30,7 +30,7 @@ class Profile:
     """δ(ε) of a product of spectra within a window, rounded up (or, for ``epsilon_lower``, down)."""
 
     def __init__(self, product: Product, window: Window) -> None:
-        self._directions = [_Direction(product, window, d) for d in range(len(window.top))]
+        self._directions = [_Direction(product, window, d) for d in range(len(window.grid.tilt))]
 
     def epsilon(self, delta: float) -> float:
         """Return the smallest ε >= 0 with δ(ε) <= ``delta`` in both directions; infinite beyond the window."""
@@ -49,7 +49,7 @@ class _Direction:
     """One direction of a profile: the tilted, folded distribution, tilted back."""
 
     def __init__(self, product: Product, window: Window, d: int) -> None:
-        grid, top = window.grid, window.top[d]
+        grid, top = window.grid, window.top
         stages = 10 * math.log2(grid.size) * ULP
         self.noise = (product.steps * (stages + 5 * ULP) + stages) * 1.01
         self.folded = fft.irfft(product.values[d], grid.size)[: top + 1]
@@ -57,7 +57,7 @@ class _Direction:
         self.exponent = np.minimum(product.log_norm[d] - grid.tilt[d] * self.loss, 600.0)
         self.uncertain = product.slack + 1e-12 * (1 + float(np.max(np.abs(self.exponent))))
         self.rounding = 4 * grid.size * ULP
-        beyond = product.log_tail[d] - grid.order[d] * top * grid.spacing
+        beyond = product.log_tail[d] - grid.order * (top + 1) * grid.spacing  # the next loss after the top
         self.always = float(product.infinite[d]) + math.exp(min(0.0, beyond + self.uncertain + 1e-12 * abs(beyond)))
         mass = np.maximum(self.folded + self.noise, 0) * np.exp(self.exponent + self.uncertain)
         self.above = _sums_above(mass) * (1 + self.rounding)
@@ -86,13 +86,13 @@ class _Direction:
         product, grid, d = self._product, self._grid, self._d
         length = grid.size * grid.spacing
         ratio_up = math.exp(-grid.tilt[d] * length)
-        ratio_down = math.exp(min(0.0, -(grid.order[d] - grid.tilt[d]) * length))
+        ratio_down = math.exp(min(0.0, -(grid.order - grid.tilt[d]) * length))
         if ratio_down > 0.5:
             return 0.0  # the Chernoff order does not bound what was folded down
         mass = np.maximum(self.folded - self.noise, 0) * np.exp(self.exponent - self.uncertain)
         above = _sums_above(mass) * (1 - self.rounding)
         discounted = _sums_above(mass * np.exp(-self.loss)) * (1 + self.rounding)
-        chernoff = np.exp(np.minimum(product.log_tail[d] - grid.order[d] * self.loss + self.uncertain, 0.0))
+        chernoff = np.exp(np.minimum(product.log_tail[d] - grid.order * self.loss + self.uncertain, 0.0))
         folded_in = 2 * (ratio_up + chernoff * ratio_down)
         shown = above - np.exp(np.minimum(self.loss, 700)) * discounted - folded_in - product.moved
         enough = np.flatnonzero(shown >= delta * (1 + _LOWER_SHARE))

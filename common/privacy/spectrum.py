@@ -66,9 +66,9 @@ def transform(losses: LossGrid, grid: Grid, directions: int) -> Spectrum:
         tilted = log_p + grid.tilt[d] * loss
         p = np.exp(tilted - tilted.max())
         log_norm[d] = math.log(p.sum()) + tilted.max()
-        log_tail[d] = log_sum_exp(log_p + grid.order[d] * loss)
+        log_tail[d] = log_sum_exp(log_p + grid.order * loss)
         circular[d] = np.bincount((sign * index) % grid.size, p / p.sum(), grid.size)
-        largest = max(largest, float(np.max(np.abs(tilted[p > 0]))), float(np.max(np.abs(loss))) * (grid.order[d] + 1))
+        largest = max(largest, float(np.max(np.abs(tilted[p > 0]))), float(np.max(np.abs(loss))) * (grid.order + 1))
     infinite = np.array([losses.infinite_remove, losses.infinite_add])[:directions]
     return Spectrum(fft.rfft(circular), log_norm, log_tail, infinite, losses.moved, 16 * ULP * (1 + largest))
 
