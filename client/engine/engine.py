@@ -22,7 +22,7 @@ from client.engine.clipping import Rule, as_rule
 from client.engine.dropout import record_seeds
 from client.engine.fused import FusedRows
 from client.engine.layout import Arena, Layout
-from client.engine.losses import Loss, causal_lm_loss, classification_loss
+from client.engine.losses import Loss, causal_lm_loss, check_chunk, classification_loss
 from client.engine.opacus_rows import OpacusRows
 from client.engine.stock import looks_ahead
 from common.errors import InvalidInput
@@ -269,8 +269,8 @@ def _loss(task: str, source: RowSource, chunk: int | None) -> Loss:
         raise InvalidInput(f"{type(source.model).__name__} has no language-model head; use AutoModelForCausalLM")
     if looks_ahead(source.model):
         raise InvalidInput("the model's attention looks ahead, so it is no causal language model; set is_decoder=True")
-    if chunk is not None and (chunk < 1 or source.trains_head):
-        raise InvalidInput("vocabulary_chunk must be >= 1 and needs a frozen output head; leave it out")
+    if chunk is not None:
+        check_chunk(source.model, chunk, source.trains_head)
     return causal_lm_loss(head_is_trained=source.trains_head, chunk=chunk)
 
 

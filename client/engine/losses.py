@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from client.engine.batches import IGNORED, Batch
+from common.errors import InvalidInput
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -44,6 +45,25 @@ def causal_lm_loss(*, head_is_trained: bool, chunk: int | None = None) -> Loss:
         return (each * weights[owner].reshape(-1).to(each.dtype)).sum()
 
     return loss
+
+
+LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+"""Settings by which models change logits after the head, each with the value that changes nothing."""
+
+
+def check_chunk(model: nn.Module, chunk: int, head_is_trained: bool) -> None:
+    """Refuse to compute this model's logits in pieces where that would not be its loss.
+
+    Raises:
+        InvalidInput: the head is trained or of another kind, or something after it changes the logits.
+    """
+    head = _head(model)
+    if chunk < 1 or head_is_trained or type(head) is not nn.Linear:
+        raise InvalidInput("vocabulary_chunk must be >= 1 and needs a frozen output head (nn.Linear); leave it out")
+    for setting, neutral in LOGIT_SETTINGS.items():
+        value = getattr(model.config, setting, neutral)
+        if value is not None and value != neutral:
+            raise InvalidInput(f"vocabulary_chunk: this model changes its logits ({setting} = {value}); leave it out")
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
