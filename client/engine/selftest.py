@@ -33,7 +33,7 @@ def self_test(engine: Engine, *, seed: int = 0) -> None:
         InvalidInput: names the module and the way out.
     """
     with _perturbed(engine, seed):
-        examples = _made_up(engine, seed)
+        examples = _made_up(engine, seed, engine.fit.max_length)
         longest = _rows(engine, examples[:1], "one example of maximum length")
         if not torch.equal(longest, _rows(engine, examples[:1], "one example")):
             raise InvalidInput(
@@ -41,15 +41,14 @@ def self_test(engine: Engine, *, seed: int = 0) -> None:
                 "set its dropout settings to 0 in the configuration"
             )
         rows = _rows(engine, examples, "three examples")
-        _check_sum(engine, examples)
+        _check_sum(engine, _made_up(engine, seed, min(16, engine.fit.max_length)))
         _check_sites(engine, rows)
         _check_neighbours(engine, examples, rows, longest[0])
 
 
-def _made_up(engine: Engine, seed: int) -> list[Example]:
-    """Three public examples of different length; no batch size equals a length unless the maximum length is 3."""
+def _made_up(engine: Engine, seed: int, top: int) -> list[Example]:
+    """Three public examples of up to ``top`` tokens; no batch size equals a length unless ``top`` is 3."""
     rng = np.random.default_rng(seed)
-    top = engine.fit.max_length
     examples = []
     for row, length in enumerate((top, max(2, top // 2), max(2, top - 1))):
         ids = rng.integers(0, engine.fit.vocab_size, min(length, top))
@@ -86,7 +85,7 @@ def _differ(left: Tensor, right: Tensor) -> float:
 
 
 def _check_sum(engine: Engine, examples: list[Example]) -> None:
-    """Without dropout, whose masks the stock model would not draw, and with all logits at once in the stock loss."""
+    """The stock model keeps all activations and logits, so ``examples`` are short; it knows no masks: no dropout."""
     rows = _rows(engine, examples, "three examples", dropout=False)
     causal = engine.fit.task == "causal-lm"
     whole = causal_lm_loss(head_is_trained=engine.source.trains_head) if causal else engine.loss

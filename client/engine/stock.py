@@ -22,10 +22,11 @@ def precision(layout: Layout, autocast: torch.dtype | None) -> AbstractContextMa
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, *, checkpoint: bool = True) -> Iterator[None]:
     """Evaluation mode (no dropout), except the flag that Hugging Face's layers ask before they checkpoint.
 
     A layer under that flag which applies a dropout rate of its own (OPT's) has the rate set to 0 meanwhile.
+    ``checkpoint=False`` keeps everything instead of recomputing it.
     """
     kept = [(module, "training", module.training) for module in model.modules()]
     for module in model.modules():
@@ -33,8 +34,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             kept += [(module, k, v) for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
     try:
         for module, name, _ in kept:
-            checkpointing = name == "training" and bool(getattr(module, "gradient_checkpointing", False))
-            setattr(module, name, 0.0 if name != "training" else checkpointing)
+            asked = checkpoint and bool(getattr(module, "gradient_checkpointing", False))
+            setattr(module, name, asked if name == "training" else 0.0)
         yield
     finally:
         for module, name, value in kept:
@@ -62,7 +63,7 @@ def looks_ahead(model: nn.Module) -> bool:
     """
     device = next(model.parameters()).device
     tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 5]], device=device)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model, checkpoint=False), torch.no_grad():
         logits = model(input_ids=tokens % model.get_input_embeddings().weight.shape[0], use_cache=False).logits[:, :3]
     tolerance = max(1e-5, 4 * torch.finfo(logits.dtype).eps) * float(logits.abs().max())
     moved = (logits - logits[0]).abs().amax(dim=(1, 2))
@@ -72,8 +73,8 @@ def looks_ahead(model: nn.Module) -> bool:
 def stock_gradient(
     model: nn.Module, layout: Layout, arena: Arena, batch: Batch, loss: Loss, autocast: torch.dtype | None
 ) -> Tensor:
-    """The model's own gradient of ``loss`` on ``batch``, flat [P] in the arena's dtype."""
-    with evaluating(model), without_gradients(layout):
+    """The model's own gradient of ``loss`` on ``batch``, without checkpointing: flat [P] in the arena's dtype."""
+    with evaluating(model, checkpoint=False), without_gradients(layout):
         with precision(layout, autocast):
             value = loss(model, batch)
         value.backward()

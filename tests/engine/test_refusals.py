@@ -195,6 +195,13 @@ def test_a_clipping_norm_out_of_range_is_refused(build, norm):
 # What only running shows: the self-test, on made-up public tokens.
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_set_after_the_adapter_passes(build, reentrant):
+    model = build("llama", "all", dtype=torch.float32)
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+    self_test(engine_of(model))
+
+
 def test_a_layer_that_is_never_reached_is_named(build):
     model = build("llama", "all", dtype=torch.float32)
     mlp = model.get_base_model().model.layers[1].mlp
