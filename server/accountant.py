@@ -17,17 +17,16 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import StrEnum
 
+from common.accounts import Answer, Ask, Budget, Denial, OpenReservation, Outcome, Registration, Spent
 from common.certificate import Attested
 from common.charge import charge
 from common.errors import BudgetExhausted, InvalidInput, Refused
-from common.ledger import GENESIS, Draft, Ledger
+from common.ledger import GENESIS, Draft, Entry, Ledger
 from common.messages import Refusal, Reservation, SignedReservation
 from common.privacy import SampledGaussian
 from common.signing import SigningKey, canonical
-from server.book import Account, Book, Budget, Held, Registration
+from server.book import Account, Book, Held
 
 __all__ = [
     "Answer",
@@ -40,74 +39,6 @@ __all__ = [
     "Registration",
     "Spent",
 ]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One client's part of ``reserve``; ``event`` is None in a run without privacy."""
-
-    client: str
-    event: SampledGaussian | None
-    attempt: int = 1
-
-
-@dataclass(frozen=True)
-class Denial:
-    """Why one client is left out of a round.
-
-    Attributes:
-        spent: ε of what is reserved already; asked: ε that would be reached; left: what the target leaves.
-        reason: ``budget`` (every place of the envelope is taken) or ``envelope`` (the event lies outside its place).
-    """
-
-    client: str
-    spent: float
-    asked: float
-    left: float
-    reason: str = "budget"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Who may be asked to train, and who may not; ``participation`` maps reservation id to place in the envelope."""
-
-    granted: tuple[SignedReservation, ...]
-    denied: tuple[Denial, ...]
-    participation: Mapping[str, int]
-
-
-class Outcome(StrEnum):
-    """What became of something that was sent; all of them cost the whole event."""
-
-    REPLIED = "replied"
-    REFUSED = "refused"
-    ERROR = "error"
-    TIMEOUT = "timeout"
-    LOST = "lost"
-    UNKNOWN = "unknown"
-    LATE = "late"
-
-
-@dataclass(frozen=True)
-class OpenReservation:
-    """A reservation without an outcome; ``sending``: the mark was written, so it may have been sent."""
-
-    signed: SignedReservation
-    sending: bool
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What one client has spent in one run, open reservations included.
-
-    ``epsilon`` (PLD) and ``epsilon_rdp`` are upper bounds; both are infinite when a round was made without privacy.
-    """
-
-    events: tuple[SampledGaussian, ...]
-    epsilon: float
-    epsilon_rdp: float
-    target_epsilon: float
-    target_delta: float
 
 
 class EmbeddedAccountant:
@@ -287,6 +218,10 @@ class EmbeddedAccountant:
             while (held := book.requests.get((run_id, server_round, client, attempt))) is not None and held.void:
                 attempt += 1
             return attempt
+
+    def history(self, *, scope: str | None = None, after: int = 0) -> Iterator[Entry]:
+        """The ledger's lines after line ``after``, of one run or of all."""
+        return self._ledger.entries(scope=scope, after=after)
 
     def head(self) -> str:
         """The ledger's head."""

@@ -10,65 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.accounts import Registration
 from common.charge import related
 from common.errors import LedgerCorrupt
 from common.ledger import Entry
-from common.messages import Envelope, Reservation
+from common.messages import Reservation
 from common.privacy import SampledGaussian
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a data set may spend: in one run, and, where a lifetime is set, over all runs together.
-
-    Attributes:
-        target_epsilon, target_delta: of one run's envelope.
-        relation: neighbouring relation; unit: what one neighbour adds or removes.
-        lifetime_epsilon, lifetime_delta: bound of the sums Σε, Σδ over the envelopes of all runs; None: no such bound.
-            The strictest that was ever registered for a data set holds.
-    """
-
-    target_epsilon: float
-    target_delta: float
-    relation: str = "add_remove"
-    unit: str = "record"
-    lifetime_epsilon: float | None = None
-    lifetime_delta: float | None = None
-
-
-@dataclass(frozen=True)
-class Registration:
-    """One client's part in a run.
-
-    Attributes:
-        dataset: whose budget is spent; belongs to the client of that name.
-        budget: None for a run without privacy.
-        envelope: the most this client may spend in this run, one event per participation.
-        public_key: the client's, which signs refusals.
-        group: data sets of one client that may share a record are one budget.
-    """
-
-    dataset: str
-    budget: Budget | None
-    envelope: Envelope
-    public_key: str
-    group: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that is recorded."""
-        return {
-            "dataset": self.dataset,
-            "budget": None if self.budget is None else vars(self.budget).copy(),
-            "envelope": self.envelope.to_json(),
-            "public_key": self.public_key,
-            "group": self.group,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Registration:
-        """The inverse of ``to_json``."""
-        budget = None if value["budget"] is None else Budget(**value["budget"])
-        return cls(value["dataset"], budget, Envelope.from_json(value["envelope"]), value["public_key"], value["group"])
 
 
 @dataclass(eq=False)

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from common.messages import Envelope
 from common.privacy import SampledGaussian
 from common.signing import SigningKey
 from server.accountant import Budget, EmbeddedAccountant, Registration
+from server.accountant_service import serve
+from server.remote_accountant import RemoteAccountant
 
 EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=100)
 
@@ -22,22 +25,26 @@ def accountant_key() -> SigningKey:
     return SigningKey.generate()
 
 
+@pytest.fixture(params=["embedded", "served"])
+def reopen(
+    request: pytest.FixtureRequest, tmp_path: Path, accountant_key: SigningKey
+) -> Iterator[Callable[[], EmbeddedAccountant | RemoteAccountant]]:
+    """Another accountant on the same ledger, as after a restart or in a second process; in-process or over gRPC."""
+    with ExitStack() as stack:
+
+        def reopen() -> EmbeddedAccountant | RemoteAccountant:
+            embedded = EmbeddedAccountant(stack.enter_context(Ledger(tmp_path / "ledger.sqlite")), accountant_key)
+            if request.param == "embedded":
+                return embedded
+            server, address = serve(embedded, "127.0.0.1:0", tls=None)
+            stack.callback(lambda: server.stop(None).wait())
+            return stack.enter_context(RemoteAccountant(address, timeout_s=20))
+
+        yield reopen
+
+
 @pytest.fixture
-def reopen(tmp_path: Path, accountant_key: SigningKey) -> Iterator[Callable[[], EmbeddedAccountant]]:
-    """Another accountant on the same ledger, as after a restart or in a second process."""
-    ledgers: list[Ledger] = []
-
-    def reopen() -> EmbeddedAccountant:
-        ledgers.append(Ledger(tmp_path / "ledger.sqlite"))
-        return EmbeddedAccountant(ledgers[-1], accountant_key)
-
-    yield reopen
-    for ledger in ledgers:
-        ledger.close()
-
-
-@pytest.fixture
-def accountant(reopen: Callable[[], EmbeddedAccountant]) -> EmbeddedAccountant:
+def accountant(reopen: Callable[[], EmbeddedAccountant | RemoteAccountant]) -> EmbeddedAccountant | RemoteAccountant:
     return reopen()
 
 
