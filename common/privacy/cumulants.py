@@ -89,11 +89,13 @@ def _cumulants(log_weight: Array, value: Array) -> Array:
 
 def _from_weights(weight: Array, value: Array) -> Array:
     """Return cumulants 1 to 5 of a discrete distribution, by its central moments."""
-    mean = float(weight @ value)
+    mean = float((weight * value).sum())
     centred = value - mean
-    second, third = centred * centred, centred * centred * centred
-    m2, m3 = float(weight @ second), float(weight @ third)
-    m4, m5 = float(weight @ (second * second)), float(weight @ (second * third))
+    moments, term = [], weight * centred
+    for _ in range(4):
+        term = term * centred
+        moments.append(float(term.sum()))
+    m2, m3, m4, m5 = moments
     return np.array([mean, m2, m3, m4 - 3 * m2**2, m5 - 10 * m2 * m3])
 
 
@@ -106,7 +108,7 @@ def absolute_moments(noise_multiplier: float, sample_rate: float, relation: chec
     for log_weight in (log_q + loss, log_q):
         weight = np.exp(log_weight)
         weight = weight / weight.sum()
-        centred = loss - float(weight @ loss)
+        centred = loss - float((weight * loss).sum())
         size = np.abs(centred)
-        rows.append([weight @ size, weight @ size**3, weight @ size**2, weight @ centred**3, weight @ size**4])
+        rows.append([float((weight * power).sum()) for power in (size, size**3, size**2, centred**3, size**4)])
     return np.array(rows)

@@ -56,13 +56,15 @@ class Window:
 
     Attributes:
         grid: where the losses of single steps are resolved.
-        top: the highest loss of the window in grid points.
-        error: by how much the spacing is expected to raise ε, in nats (an estimate, for choosing a finer one).
+        steps: how many steps are discretised.
     """
 
     grid: Grid
-    top: int
-    error: float
+    steps: int
+
+    def error(self, steepness: float) -> float:
+        """Return by how much the spacing is expected to raise ε, in nats, where δ falls like e^(−steepness·ε)."""
+        return (steepness + 1) * self.steps * self.grid.spacing**2 / 12
 
 
 def rough_delta(moments: Array, epsilon: float) -> float:
@@ -98,7 +100,7 @@ def choose(
         *(_tilt(k, log_inverse, max(float(e), 0.0)) for k, e in zip(moments, targets, strict=True)), strict=True
     )
     cost = (float(saddle[np.argmax(targets)]) + 1) * steps / 12  # ε grows by about cost * h²
-    window = max(top, *length)
+    window = max(top, 1.2 * target, *length)
     finest = window / min(_MOST, _MOST_WORK // distinct)
     wanted = min(math.sqrt(TOLERANCE * target / cost), spacing, window / _FEWEST)
     if not math.isfinite(window) or cost * finest**2 > _COARSEST * target:
@@ -107,12 +109,12 @@ def choose(
             f"with {_MOST_WORK} grid points; it was refused rather than approximated"
         )
     h = _round(max(wanted, finest), up=wanted < finest)
-    size = int(_round(max(window / h, top / h + 3), up=True))
+    size = int(_round(window / h + 3, up=True))
     cap = math.ceil(2.0 ** math.ceil(math.log2(top)) / h)
     width = float(math.ceil(-float(ndtri(delta * math.exp(-_RESERVE) / steps))))
     # Beyond θh = 1/2 a tilt resolves the rounding of losses, not the losses.
     grid = Grid(h, size, cap, tuple(min(t, 2.0 ** math.floor(-1 - math.log2(h))) for t in tilt), order, width)
-    return Window(grid, math.ceil(top / h) + 1, cost * h**2)
+    return Window(grid, steps)
 
 
 def _round(value: float, *, up: bool) -> float:
@@ -127,13 +129,13 @@ def _tilt(moments: Array, log_inverse: float, epsilon: float) -> tuple[float, fl
 
     Folding moves mass down by N h, where it weighs e^(θ N h) times as much, and up, where it weighs e^(−θ N h) times as
     much. Both stay below 1e-7 of δ when N h is at least the length returned. Tilts far from the saddle would let
-    the transform's floating error grow by more than e^8, and are left out.
+    the transform's floating error grow by more than e^10, and are left out.
     """
     looseness = moments - LADDER * epsilon
     down = (moments[None, :] - LADDER[:, None] * epsilon / 2 + log_inverse + _RESERVE) / _GAP
     down = np.min(down, axis=1, where=~np.isnan(_GAP), initial=math.inf)
     length = np.maximum(down, (log_inverse + _RESERVE) / LADDER)
-    length[looseness > looseness.min() + 8] = math.inf
+    length[looseness > looseness.min() + 10] = math.inf
     length[1::2] = math.inf
     best = int(np.argmin(length))
     return float(LADDER[best]), float(length[best])

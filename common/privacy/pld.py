@@ -13,16 +13,16 @@ Why ``epsilon`` is an upper bound
     and I <= Σ steps · (probability of infinite loss).
 2.  Let p be the distribution of X, K(λ) = log E[e^(λX)] (a sum over steps) and p_θ = p e^(θ·loss − K(θ)) the
     tilted one. The product of the steps' tilted spectra is the spectrum of c_j = Σ_m p_θ(j + mN), which is at least
-    p_θ(j): folding can only add. The mass above the window's top, which folding misplaces, is at most
-    e^(K(λ) − λ·top) for any λ > 0 (Chernoff, evaluated on the grid's own distributions) and is added to δ as it stands.
-    So δ(ε) <= I + e^(K(λ) − λ·top) + Σ_(ε < ℓ_j <= top) (1 − e^(ε−ℓ_j)) e^(K(θ) − θ ℓ_j) c_j.
-    (Folding's excess is at most e^(−θ N h), which is why the window can be short; it is on the safe side anyway.)
+    p_θ(j): folding can only add. What folding misplaces is the mass above the window, at most
+    C = e^(K(λ) − λ N h) for any λ > 0 (Chernoff, evaluated on the grid's own distributions); it is added to δ as it
+    stands. So δ(ε) <= I + C + Σ_(ℓ_j > ε) (1 − e^(ε−ℓ_j)) e^(K(θ) − θ ℓ_j) c_j. (Folding's excess is at most e^(−θ N
+    h), which is why the window can be short; it is on the safe side anyway.)
 3.  Floating error. A transform of N = 2^m numbers is a product of m butterfly stages with two unit entries per row, so
     each output errs by at most 10 m u Σ|x| (u = 2^−53; Higham 2002, §24.1, in the form that bounds each output). Tilted
     spectra are bounded by 1, hence the product of T steps errs by at most T (10 m u + 5 u) in each entry (the
-    multiplications cost 2.3 u each), and its inverse transform, an average over entries, by that plus 10 m u.
-    This η is added to every c_j before it is used. Masses were raised by their own rounding error (``discretise``),
-    exponents by theirs (``Spectrum.slack``, a factor e^slack per step), the two cumulative sums by 4 N u.
+    multiplications cost 2.3 u each). ``profile`` turns that, and the rounding of the inverse transform, into a bound on
+    δ(ε) that is added to it. Masses were raised by their own rounding error (``discretise``), exponents by theirs
+    (``Spectrum.slack``, a factor e^slack per step), cumulative sums by 4 N u.
 
 All of it is a function of the multiset of events and of δ alone: spacing, window, tilt and orders are chosen from
 sums that do not depend on the order (exact integers), so regrouping moves ε only by the rounding of the products.
@@ -120,13 +120,17 @@ class PLDAccountant:
     def _epsilon(self, delta: float) -> float:
         if self._composition.only_gaussian():
             return gdp.gdp_epsilon(self._composition.gaussian_mu(), delta)
-        window = self._composition.window(delta)
+        window, best = self._composition.window(delta), math.inf
         while True:
             grid = window.grid
-            epsilon = Profile(self._composition.product(grid), window).epsilon(delta)
-            if window.error <= 2 * TOLERANCE * epsilon or epsilon == 0 or grid.size >= _REFINED:
-                return epsilon
-            spacing = grid.spacing * max(math.sqrt(TOLERANCE * epsilon / window.error), grid.size / _REFINED)
+            profile = Profile(self._composition.product(grid), window)
+            best = min(best, profile.epsilon(delta))  # each is an upper bound
+            if best == 0 or math.isinf(best):
+                return best
+            error = window.error(profile.steepness(best, delta))
+            if error <= 4 * TOLERANCE * best or grid.size >= _REFINED:
+                return best
+            spacing = grid.spacing * max(math.sqrt(TOLERANCE * best / error), grid.size / _REFINED)
             window = self._composition.window(delta, spacing=spacing)
 
     def _delta(self, epsilon: float) -> float:

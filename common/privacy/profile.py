@@ -1,13 +1,24 @@
-"""δ(ε) of a composition, read off the inverse transform of its product of spectra.
+r"""δ(ε) of a composition, read off the inverse transform of its product of spectra.
 
-The upper side is step 2 of the proof in ``pld``. The lower side undoes the rounding of losses to the grid:
+The upper side is step 2 of the proof in ``pld``: δ(ε) <= I + C + e^(K−θε) Σ_j x_j c_j over the grid losses ℓ_j > ε of
+the window, with x_j = e^(−θ(ℓ_j − ε)) − e^(−(θ+1)(ℓ_j − ε)), I the infinite losses and C the Chernoff bound above the
+window.
 
-Under the first distribution of a direction let X be the true loss of a composition, X' its loss on the grid. A step's
-x = L' − L takes two values at most h apart, with E[e^(−x) | z] = 1. So t -> log E[e^(t x) | z] vanishes at t = −1 and
-t = 0 and has second derivative at most h²/4, hence is at most t(t+1) h²/8 for t >= 0. Over T steps, with A = T h²/8,
-P(X' − X > c) <= exp(A t(t+1) − t c) for every t >= 0, which is η for c = A + 2 sqrt(A log(1/η)). Where X' − X <= c,
-(1 − e^(ε − X'))_+ <= (1 − e^(ε − c − X))_+; elsewhere it is at most 1. Hence the grid's δ'(ε) <= δ(ε − c) + η, and an ε
-with δ'(ε) >= δ + η shows that the true ε at δ is at least ε − c.
+*Floating error* of Σ x_j c_j, for every ε. With ΔG the error of the product of spectra, Parseval gives
+|Σ x_j Δc_j| <= max_k |ΔG_k| · (1/N) Σ_k |X_k|. X, the transform of x, obeys |X_k| <= A = Σ x_j <= 1/(h θ(θ+1)) + 1 and,
+summing by parts twice, |X_k| <= V/|1 − e^(2πik/N)|² <= V N²/(16 k²) for 1 <= |k| <= N/2, with
+V = Σ |second differences of x| <= 4h + 2 x_N (the derivative of e^(−θt) − e^(−(θ+1)t) starts at 1, falls once below
+0, by at most 1, and returns; x_N <= e^(−θ N h/8) is the jump where the window ends, as ε stays below 7/8 of it). So
+(1/N) Σ |X_k| <= (2m+1) A/N + V N/(8m) for every whole m. The rounding of the inverse transform itself is at most (its
+stages) · |c|_2 in norm, so at most |x|_2 |c|_2 times that, with |x|_2² <= A/(θ+1).
+
+*The lower side* undoes the rounding of losses to the grid. Under the first distribution of a direction let X be the
+true loss of a composition, X' its loss on the grid. A step's x = L' − L takes two values at most h apart, with
+E[e^(−x) | z] = 1. So t -> log E[e^(t x) | z] vanishes at t = −1 and t = 0 and has second derivative at most h²/4,
+hence is at most t(t+1) h²/8 for t >= 0. Over T steps, with A = T h²/8, P(X' − X > c) <= exp(A t(t+1) − t c) for every
+t >= 0, which is η for c = A + 2 sqrt(A log(1/η)). Where X' − X <= c, (1 − e^(ε − X'))_+ <= (1 − e^(ε − c − X))_+;
+elsewhere it is at most 1. Hence the grid's δ'(ε) <= δ(ε − c) + η, and an ε with δ'(ε) >= δ + η shows that the true ε
+at δ is at least ε − c.
 """
 
 from __future__ import annotations
@@ -24,6 +35,7 @@ from common.privacy.grids import Window
 from common.privacy.pairs import Array
 
 _LOWER_SHARE: Final = 1e-3  # η over δ
+_LARGEST: Final = 650.0  # exponents are cut here: e^650 as a δ means "no bound" as well as e^6500 does
 
 
 class Profile:
@@ -35,6 +47,10 @@ class Profile:
     def epsilon(self, delta: float) -> float:
         """Return the smallest ε >= 0 with δ(ε) <= ``delta`` in both directions; infinite beyond the window."""
         return max(direction.epsilon(delta) for direction in self._directions)
+
+    def steepness(self, epsilon: float, delta: float) -> float:
+        """Return −d log δ / dε at ``epsilon``, the steeper direction (an estimate, to choose a finer grid by)."""
+        return max(direction.steepness(epsilon, delta) for direction in self._directions)
 
     def delta(self, epsilon: float) -> float:
         """Return δ(``epsilon``), the larger of both directions."""
@@ -49,58 +65,84 @@ class _Direction:
     """One direction of a profile: the tilted, folded distribution, tilted back."""
 
     def __init__(self, product: Product, window: Window, d: int) -> None:
-        grid, top = window.grid, window.top
-        stages = 10 * math.log2(grid.size) * ULP
-        self.noise = (product.steps * (stages + 5 * ULP) + stages) * 1.01
-        self.folded = fft.irfft(product.values[d], grid.size)[: top + 1]
-        self.loss = np.arange(top + 1) * grid.spacing
-        self.exponent = np.minimum(product.log_norm[d] - grid.tilt[d] * self.loss, 600.0)
-        self.uncertain = product.slack + 1e-12 * (1 + float(np.max(np.abs(self.exponent))))
-        self.rounding = 4 * grid.size * ULP
-        beyond = product.log_tail[d] - grid.order * (top + 1) * grid.spacing  # the next loss after the top
-        self.always = float(product.infinite[d]) + math.exp(min(0.0, beyond + self.uncertain + 1e-12 * abs(beyond)))
-        mass = np.maximum(self.folded + self.noise, 0) * np.exp(self.exponent + self.uncertain)
-        self.above = _sums_above(mass) * (1 + self.rounding)
-        self.discounted = _sums_above(mass * np.exp(-self.loss)) * (1 - self.rounding)
-        self._product, self._grid, self._d = product, grid, d
+        grid, self._tilt = window.grid, window.grid.tilt[d]
+        self._grid, self._steps, self._moved = grid, product.steps, product.moved
+        self._log_norm, self._log_tail = float(product.log_norm[d]), float(product.log_tail[d])
+        self._slack = product.slack + 1e-12 * (1 + abs(self._log_norm) + abs(self._log_tail) + self._tilt)
+        folded = fft.irfft(product.values[d], grid.size)
+        self._loss: Array = np.arange(grid.size, dtype=np.float64) * grid.spacing
+        mass = folded * self._tilted_back(self._loss)
+        self._above, self._discounted = _sums_above(mass), _sums_above(mass * np.exp(-np.minimum(self._loss, 700)))
+        self._error = self._transform_error(folded) * self._tilted_back(self._loss)
+        self._error += 4 * grid.size * ULP * _sums_above(np.abs(mass))
+        chernoff = self._log_tail - grid.order * grid.size * grid.spacing + self._slack
+        self._always = float(product.infinite[d]) + math.exp(min(0.0, chernoff))
+
+    def _tilted_back(self, loss: Array) -> Array:
+        """Return e^(K − θ·loss)."""
+        return np.asarray(np.exp(np.minimum(self._log_norm - self._tilt * loss, _LARGEST)))
+
+    def _transform_error(self, folded: Array) -> float:
+        """Return the bound on the floating error of Σ x_j c_j; see the module's docstring."""
+        n, h, tilt = self._grid.size, self._grid.spacing, self._tilt
+        stages = 10 * math.log2(n) * ULP
+        total = 1 / (h * tilt * (tilt + 1)) + 1
+        variation = 4 * h + 2 * math.exp(-tilt * h * n / 8)
+        m = max(1, min(n // 2, math.ceil(n * math.sqrt(variation / (16 * total)))))
+        spectral = (2 * m + 1) * total / n + variation * n / (8 * m)
+        inverse = stages * math.sqrt(total / (tilt + 1)) * math.sqrt(float(np.square(folded).sum()))
+        return 1.01 * (self._steps * (stages + 5 * ULP) * spectral + inverse)
+
+    def _deltas(self) -> Array:
+        """Return an upper bound on δ at every grid loss taken as ε."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = self._above - np.exp(self._loss) * self._discounted
+            return np.asarray(self._always + (np.maximum(finite, 0) + self._error) * (1 + 2 * self._slack))
 
     def epsilon(self, delta: float) -> float:
-        with np.errstate(over="ignore", invalid="ignore"):
-            unmet = ~(self.always + self.above - np.exp(self.loss) * self.discounted <= delta)
+        unmet = ~(self._deltas()[: self._usable()] <= delta)
         if unmet[-1]:
             return math.inf
         if not unmet.any():
             return 0.0
         last = int(np.flatnonzero(unmet)[-1])  # δ(ε) is met between this grid loss and the next
-        ratio = (self.always + self.above[last] - delta) / self.discounted[last]
-        return max(0.0, math.log(ratio) * (1 + 1e-13) + 1e-15)
+        room = (delta - self._always) / (1 + 2 * self._slack) - self._error[last]
+        ratio = (self._above[last] - room) / self._discounted[last]
+        # Between grid losses δ(ε) = above − e^ε discounted; the grid loss itself is met, so the root lies below it.
+        root = math.log(ratio) * (1 + 1e-13) + 1e-15 if ratio > 0 else 0.0
+        return min(max(0.0, root, float(self._loss[last])), float(self._loss[last + 1]))
+
+    def _usable(self) -> int:
+        """Return how many grid losses may serve as ε: those at least N h/8 below the window's end (x_N above)."""
+        return self._grid.size * 7 // 8
+
+    def steepness(self, epsilon: float, delta: float) -> float:
+        below = min(int(epsilon / self._grid.spacing), self._grid.size - 1)
+        return float(math.exp(min(epsilon, 700.0)) * self._discounted[below] / delta)
 
     def delta(self, epsilon: float) -> float:
-        below = int(epsilon / self.loss[1])
-        if below >= len(self.loss) - 1:
+        below = int(epsilon / self._grid.spacing)
+        if below >= self._usable() - 1:
             return 1.0
-        finite = float(self.above[below] - math.exp(epsilon) * self.discounted[below])
-        return self.always + max(0.0, finite) * (1 + 1e-12)
+        finite = max(0.0, float(self._above[below] - math.exp(epsilon) * self._discounted[below]))
+        return self._always + (finite * (1 + 1e-12) + float(self._error[below])) * (1 + 2 * self._slack)
 
     def epsilon_lower(self, delta: float) -> float:
-        product, grid, d = self._product, self._grid, self._d
+        grid = self._grid
         length = grid.size * grid.spacing
-        ratio_up = math.exp(-grid.tilt[d] * length)
-        ratio_down = math.exp(min(0.0, -(grid.order - grid.tilt[d]) * length))
-        if ratio_down > 0.5:
+        up = math.exp(-self._tilt * length)
+        down = math.exp(min(0.0, -(grid.order - self._tilt) * length))
+        if down > 0.5:
             return 0.0  # the Chernoff order does not bound what was folded down
-        mass = np.maximum(self.folded - self.noise, 0) * np.exp(self.exponent - self.uncertain)
-        above = _sums_above(mass) * (1 - self.rounding)
-        discounted = _sums_above(mass * np.exp(-self.loss)) * (1 + self.rounding)
-        chernoff = np.exp(np.minimum(product.log_tail[d] - grid.order * self.loss + self.uncertain, 0.0))
-        folded_in = 2 * (ratio_up + chernoff * ratio_down)
-        shown = above - np.exp(np.minimum(self.loss, 700)) * discounted - folded_in - product.moved
-        enough = np.flatnonzero(shown >= delta * (1 + _LOWER_SHARE))
+        chernoff = np.exp(np.minimum(self._log_tail - grid.order * self._loss + self._slack, 0.0))
+        finite = self._above - np.exp(np.minimum(self._loss, 700)) * self._discounted - self._error
+        shown = finite * (1 - 2 * self._slack) - 2 * (up + chernoff * down) - self._moved
+        enough = np.flatnonzero(shown[: self._usable()] >= delta * (1 + _LOWER_SHARE))
         if not len(enough):
             return 0.0
-        variance = product.steps * grid.spacing**2 / 8
+        variance = self._steps * grid.spacing**2 / 8
         shift = variance + 2 * math.sqrt(variance * -math.log(_LOWER_SHARE * delta))
-        return max(0.0, float(self.loss[enough[-1]]) * (1 - 1e-12) - shift * (1 + 1e-12))
+        return max(0.0, float(self._loss[enough[-1]]) * (1 - 1e-12) - shift * (1 + 1e-12))
 
 
 def _sums_above(mass: Array) -> Array:
