@@ -1,0 +1,70 @@
+"""``cloister accountant serve``: the accountant as a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import InvalidInput
+from common.ledger import Ledger
+from common.signing import SigningKey, fingerprint
+from server.accountant import EmbeddedAccountant
+from server.accountant_service import Tls, serve
+
+accountant_app = typer.Typer(name="accountant", help="The privacy accountant of a coordinator.", no_args_is_help=True)
+
+GRACE_S = 5.0
+
+
+@accountant_app.callback()
+def _accountant() -> None:
+    """The privacy accountant of a coordinator."""
+
+
+@accountant_app.command("serve")
+def _serve(
+    ledger: Annotated[str, typer.Option("--ledger", help="SQLite file or postgresql+psycopg:// URL")],
+    key: Annotated[Path, typer.Option("--key", help="the accountant's signing key; made there if it is missing")],
+    address: Annotated[str, typer.Option("--address", help="host:port or unix:PATH")] = "127.0.0.1:9443",
+    tls_certificate: Annotated[Path | None, typer.Option("--tls-certificate", help="PEM")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="PEM")] = None,
+    tls_authority: Annotated[
+        Path | None, typer.Option("--tls-authority", help="PEM; who signs the callers' certificates")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="plain text, on loopback or a Unix socket only")] = False,
+) -> None:
+    """Verify the ledger, then answer until SIGTERM."""
+    tls = tls_files(tls_certificate, tls_key, tls_authority, insecure=insecure)
+    with Ledger(ledger) as book:
+        accountant = EmbeddedAccountant(book, SigningKey.load_or_create(key))
+        server, listening = serve(accountant, address, tls=tls)
+        stopped = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopped.set())
+        typer.echo(f"accountant {fingerprint(accountant.public_key)} listens on {listening}")
+        typer.echo(f"public key {accountant.public_key}")
+        stopped.wait()
+        server.stop(GRACE_S).wait()
+
+
+def tls_files(certificate: Path | None, key: Path | None, authority: Path | None, *, insecure: bool) -> Tls | None:
+    """The three files of mutual TLS, or None where plain text was asked for in so many words.
+
+    Raises:
+        InvalidInput: some are missing, or both were asked for.
+    """
+    given = [path for path in (certificate, key, authority) if path is not None]
+    if insecure:
+        if given:
+            raise InvalidInput("--insecure and TLS files exclude each other")
+        return None
+    if certificate is None or key is None or authority is None:
+        raise InvalidInput(
+            "give --tls-certificate, --tls-key and --tls-authority ('cloister provision' makes them), "
+            "or --insecure for plain text on this machine only"
+        )
+    return Tls(certificate, key, authority)
