@@ -1,0 +1,483 @@
+"""What a private LoRA step costs, against its own non-private twin, stock peft, Opacus and vmap.
+
+    python benchmarks/engine.py                  every CPU case, one thread (about half an hour on a free core)
+    python benchmarks/engine.py --case h256-qv      one case
+    python benchmarks/engine.py --memory            peak resident memory, fresh processes
+    python benchmarks/engine.py --device cuda       shapes of a 1B and a 7B model, unattended; about an hour on one GPU
+    add --log to append the table to benchmarks/LOG.md
+
+All arms of a case take the same batch and run interleaved, in a new random order in every round; an arm's figure is the
+median over rounds of its time divided by another arm's time in the same round, with a 95 % bootstrap interval. ``stock
+again`` is the same code as ``stock``: the run counts only if its ratio is within 1 ± 0.01. Process CPU time on a CPU,
+CUDA events on a GPU. A step is forward, backward, clipping, noise where there is any, and Adam's update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from client.engine import Adam, FlatClipping, NoiseSource
+from client.engine.batches import IGNORED, Batch
+from client.engine.fused import FusedRows
+from client.engine.losses import causal_lm_loss
+from client.engine.step import release
+
+LOG = Path(__file__).with_name("LOG.md")
+QUERY_VALUE = ("q_proj", "v_proj")
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CLIPPING_NORM = 1.0
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape. ``labels``: share of positions with a label. ``full_stock``: stock computes all logits, as usual."""
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    batch: int
+    length: int
+    rank: int
+    targets: tuple[str, ...]
+    labels: float = 1.0
+    full_stock: bool = False
+    checkpoint: bool = False
+    dtype: torch.dtype = torch.float32
+    peers: bool = True
+
+
+SMALL = Case("h256-qv", 256, 688, 4, 4, 4, 8192, 16, 128, 8, QUERY_VALUE)
+WIDE = replace(SMALL, name="h512-qv", hidden=512, inner=1376, heads=8, kv_heads=8, batch=8, length=256)
+CPU_CASES = (
+    SMALL,
+    replace(SMALL, name="h256-all", targets=ALL_LINEAR),
+    replace(SMALL, name="h256-completion", labels=0.25, full_stock=True, peers=False),
+    WIDE,
+    replace(WIDE, name="h512-all", targets=ALL_LINEAR),
+)
+
+
+def cuda_cases() -> tuple[Case, ...]:
+    """Shapes of a 1B and a 7B model x length x rank x targets x checkpointing."""
+    one = Case("1b", 2048, 8192, 16, 32, 8, 128256, 16, 512, 8, QUERY_VALUE, dtype=torch.bfloat16, peers=False)
+    seven = replace(one, name="7b", hidden=4096, inner=11008, layers=32, kv_heads=32, vocab=32000)
+    out = []
+    for shape in (one, seven):
+        for length in (512, 2048):
+            for rank in (8, 64):
+                for targets, label in ((QUERY_VALUE, "qv"), (ALL_LINEAR, "all")):
+                    for checkpoint in (False, True):
+                        name = f"{shape.name}-t{length}-r{rank}-{label}" + ("-ckpt" if checkpoint else "")
+                        batch = 8192 // length
+                        out.append(
+                            replace(
+                                shape, name=name, batch=batch, length=length, rank=rank, targets=targets,
+                                checkpoint=checkpoint,
+                            )
+                        )  # fmt: skip
+    return tuple(out)
+
+
+# Models and batches
+
+
+def build(case: Case, device: str) -> nn.Module:
+    """A random-weight Llama of the case's shape with a LoRA adapter whose B is not zero."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=case.vocab, hidden_size=case.hidden, intermediate_size=case.inner, num_hidden_layers=case.layers,
+        num_attention_heads=case.heads, num_key_value_heads=case.kv_heads, max_position_embeddings=case.length,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        backbone = LlamaForCausalLM(config).to(case.dtype)
+        model = get_peft_model(backbone, LoraConfig(r=case.rank, lora_alpha=16, target_modules=list(case.targets)))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    if case.checkpoint:
+        enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    return model.train() if case.checkpoint else model.eval()
+
+
+def made_up(case: Case, device: str) -> Batch:
+    """A batch of random tokens without padding; the last ``labels`` share of each row carries labels."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, case.vocab, (case.batch, case.length), generator=generator)
+    labels = ids.clone()
+    labels[:, : round(case.length * (1 - case.labels))] = IGNORED
+    return Batch(ids.to(device), None, labels.to(device))
+
+
+def full_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """All logits, each example's mean, summed: what a stock trainer computes."""
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits.float()
+    targets = F.pad(batch.labels, (0, 1), value=IGNORED)[:, 1:]
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return (each.view(targets.shape).sum(1) / (targets != IGNORED).sum(1)).sum()
+
+
+# Arms: each returns a function that does one step
+
+
+def stock_arm(model: nn.Module, batch: Batch, case: Case) -> Step:
+    """Stock peft and torch's AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    loss = full_loss if case.full_stock else causal_lm_loss(head_is_trained=False)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (loss(model, batch) / case.batch).backward()
+        optimizer.step()
+
+    return step
+
+
+def fused_arm(model: nn.Module, batch: Batch, case: Case, *, private: bool) -> Step:
+    """The engine's kernels; ``private`` clips each row, adds noise and rounds, the twin does not."""
+    source, optimizer, rule = FusedRows(model), Adam(1e-4), FlatClipping(CLIPPING_NORM)
+    loss, noise, size = (
+        causal_lm_loss(head_is_trained=False),
+        NoiseSource.fresh("benchmark"),
+        source.layout.num_parameters,
+    )
+
+    def step() -> None:
+        total = source.arena_vector()
+        if private:
+            rule.add(source.rows(batch, loss), source.layout, total)
+            released = release(total[:size].to("cpu", torch.float64).numpy(), CLIPPING_NORM, case.batch, noise)
+            gradient = torch.from_numpy(released).to(total.device)
+        else:
+            source.plain(batch, loss, total)
+            gradient = total[:size] / case.batch
+        source.layout.subtract(optimizer(gradient))
+
+    return step
+
+
+def private_arm(model: nn.Module, batch: Batch, case: Case) -> Step:
+    """The engine as it is used."""
+    return fused_arm(model, batch, case, private=True)
+
+
+def twin_arm(model: nn.Module, batch: Batch, case: Case) -> Step:
+    """The same kernels without privacy."""
+    return fused_arm(model, batch, case, private=False)
+
+
+def _each_loss(model: nn.Module, batch: Batch) -> Tensor:
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    targets = batch.labels[:, 1:]
+    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return each.mean(1)
+
+
+def opacus_arm(model: nn.Module, batch: Batch, case: Case) -> Step:
+    """Opacus's hooks, flat clipping and normal_ noise, its own way."""
+    from opacus import GradSampleModule
+
+    model.train()
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        _each_loss(wrapped, batch).sum().backward()
+        norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)
+        factors = (CLIPPING_NORM / (norms + 1e-6)).clamp(max=1.0)
+        for p in parameters:
+            p.grad = torch.einsum("i,i...", factors, p.grad_sample)
+            p.grad.add_(torch.randn_like(p.grad), alpha=CLIPPING_NORM).div_(case.batch)
+            p.grad_sample = None
+        optimizer.step()
+
+    return step
+
+
+def ghost_arm(model: nn.Module, batch: Batch, case: Case) -> Step:
+    """Opacus's ghost clipping: norms in one backward pass, the clipped sum in a second."""
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    model.train()
+    wrapped = GradSampleModuleFastGradientClipping(
+        model, max_grad_norm=CLIPPING_NORM, use_ghost_clipping=True, loss_reduction="sum"
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses = _each_loss(wrapped, batch)
+        losses.sum().backward(retain_graph=True)
+        optimizer.zero_grad()
+        factors = wrapped.get_clipping_coef()
+        wrapped.disable_hooks()
+        (losses * factors).sum().backward()
+        wrapped.enable_hooks()
+        for p in parameters:
+            p.grad.add_(torch.randn_like(p.grad), alpha=CLIPPING_NORM).div_(case.batch)
+        optimizer.step()
+
+    return step
+
+
+def vmap_arm(model: nn.Module, batch: Batch, case: Case) -> Step:
+    """torch.func: vmap over grad, with an explicit mask (a padding mask does not go through vmap)."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [model.get_parameter(name) for name in names]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    mask = torch.full((case.length, case.length), torch.finfo(torch.float32).min).triu(1)[None, None]
+
+    def one(values: dict[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
+        settings = {"input_ids": ids[None], "attention_mask": mask, "use_cache": False}
+        logits = torch.func.functional_call(model, values, (), settings).logits[0]
+        return F.cross_entropy(logits[:-1], labels[1:])
+
+    rows = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        values = {name: p.detach() for name, p in zip(names, parameters, strict=True)}
+        found = rows(values, batch.input_ids, batch.labels)
+        norms = torch.stack([found[name].flatten(1).norm(dim=1) for name in names]).norm(dim=0)
+        factors = (CLIPPING_NORM / norms).clamp(max=1.0)
+        for name, p in zip(names, parameters, strict=True):
+            p.grad = torch.einsum("i,i...", factors, found[name])
+            p.grad.add_(torch.randn_like(p.grad), alpha=CLIPPING_NORM).div_(case.batch)
+        optimizer.step()
+
+    return step
+
+
+ARMS = {"stock": stock_arm, "stock again": stock_arm, "twin": twin_arm, "private": private_arm}
+PEERS = {"opacus hooks": opacus_arm, "opacus ghost": ghost_arm, "vmap": vmap_arm}
+
+
+# Measuring
+
+
+def seconds_of(step: Step, device: str) -> float:
+    """Process CPU seconds, or GPU seconds between two events."""
+    if device == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def measure(steps: dict[str, Step], device: str, rounds: int, every: dict[str, int]) -> dict[str, np.ndarray]:
+    """Seconds per arm and round, NaN where an arm sat the round out (``every`` > 1)."""
+    rng = np.random.default_rng(0)
+    seconds = {name: np.full(rounds, np.nan) for name in steps}
+    for step in steps.values():
+        step()
+        step()
+    for turn in range(rounds):
+        for name in rng.permutation([name for name in steps if turn % every.get(name, 1) == 0]):
+            seconds[name][turn] = seconds_of(steps[name], device)
+    return seconds
+
+
+def ratio(seconds: dict[str, np.ndarray], above: str, below: str) -> dict[str, float]:
+    """Median of paired ratios and its 95 % bootstrap interval."""
+    pairs = seconds[above] / seconds[below]
+    pairs = pairs[np.isfinite(pairs)]
+    draws = np.random.default_rng(0).choice(pairs, (4000, len(pairs)))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    return {"median": float(np.median(pairs)), "low": float(low), "high": float(high), "pairs": len(pairs)}
+
+
+def run_case(case: Case, device: str, rounds: int, peer_every: int) -> dict:
+    """Time all arms of one case; shrink the batch on a GPU until every arm fits."""
+    while True:
+        try:
+            return _run_case(case, device, rounds, peer_every)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if case.batch == 1:
+                return {"case": case.name, "batch": 0, "note": "does not fit with one example"}
+            case = replace(case, batch=case.batch // 2)
+
+
+def _run_case(case: Case, device: str, rounds: int, peer_every: int) -> dict:
+    batch = made_up(case, device)
+    model = build(case, device)
+    # On a GPU the arms share the frozen weights; each has its own adapter values only through its own optimizer.
+    own = (lambda: model) if device == "cuda" else (lambda: copy.deepcopy(model))
+    arms = ARMS | (PEERS if case.peers else {})
+    steps = {name: arm(own(), batch, case) for name, arm in arms.items()}
+    seconds = measure(steps, device, rounds, dict.fromkeys(PEERS, peer_every))
+    result = {"case": case.name, "batch": case.batch, "seconds": float(np.nanmedian(seconds["stock"])), "ratios": {}}
+    for above, below in [("stock again", "stock"), ("private", "twin"), ("private", "stock"), ("twin", "stock")]:
+        result["ratios"][f"{above} / {below}"] = ratio(seconds, above, below)
+    for peer in PEERS if case.peers else ():
+        result["ratios"][f"{peer} / stock"] = ratio(seconds, peer, "stock")
+        result["ratios"][f"private / {peer}"] = ratio(seconds, "private", peer)
+    if device == "cuda":
+        result["mib"] = {name: gpu_peak(steps[name]) for name in ARMS}
+    result["valid"] = abs(result["ratios"]["stock again / stock"]["median"] - 1) <= 0.01
+    return result
+
+
+def gpu_peak(step: Step) -> float:
+    """MiB of GPU memory at the peak of one step."""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+# Memory on a CPU: fresh processes
+
+
+def peak_of_one(case: Case, arm: str) -> dict[str, float]:
+    """In this (fresh) process: MiB above what is resident before the first step."""
+    torch.set_num_threads(1)
+    model, batch = build(case, "cpu"), made_up(case, "cpu")
+    step = ARMS[arm](model, batch, case)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    for _ in range(3):
+        step()
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    arena = FusedRows(model).arena.bytes_per_example * case.batch / 2**20
+    return {"peak": peak - before, "arena": arena, "maxrss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+
+
+def memory_table(cases: tuple[Case, ...], repeats: int) -> list[dict]:
+    """Median over fresh processes of each arm's peak above its resident start."""
+    rows = []
+    for case in cases:
+        found: dict[str, list[float]] = {"stock": [], "private": []}
+        for _ in range(repeats):
+            for arm in found:
+                command = [sys.executable, __file__, "--peak-of", case.name, arm]
+                answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                found[arm].append(answer["peak"])
+        medians = {arm: float(np.median(values)) for arm, values in found.items()}
+        rows.append(
+            {"case": case.name, "arena": answer["arena"], **medians, "spread": {a: np.ptp(v) for a, v in found.items()}}
+        )
+    return rows
+
+
+# Reporting
+
+
+def show(value: dict[str, float]) -> str:
+    """`1.012 [1.004, 1.019]`."""
+    return f"{value['median']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def report(results: list[dict], device: str) -> str:
+    """A Markdown table of ratios."""
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, one thread, process CPU time"
+    lines = [f"{where}; torch {torch.__version__}; median of paired ratios [95 % bootstrap interval]", ""]
+    for result in results:
+        if "ratios" not in result:
+            lines.append(f"- **{result['case']}**: {result['note']}")
+            continue
+        control = "control holds" if result["valid"] else "CONTROL FAILS, does not count"
+        lines.append(
+            f"- **{result['case']}** (batch {result['batch']}, stock {result['seconds']:.3f} s a step, "
+            f"{result['ratios']['private / stock']['pairs']} pairs, {control})"
+        )
+        lines += [f"  - {name}: {show(value)}" for name, value in result["ratios"].items()]
+        if "mib" in result:
+            lines.append("  - peak MiB: " + ", ".join(f"{name} {mib:.0f}" for name, mib in result["mib"].items()))
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--case", action="append", help="only this case; may be repeated")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--peer-every", type=int, default=3, help="peers run in every n-th round")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peak-of", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
+    parser.add_argument("--log", action="store_true", help="append to benchmarks/LOG.md")
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    cases = cuda_cases() if asked.device == "cuda" else CPU_CASES
+    if asked.peak_of:
+        case = next(c for c in cases if c.name == asked.peak_of[0])
+        print(json.dumps(peak_of_one(case, asked.peak_of[1])))
+        return
+    if asked.case:
+        cases = tuple(case for case in cases if case.name in asked.case)
+    title = f"\n## {datetime.date.today()} engine ({_commit()})\n\n"
+    if asked.memory:
+        lines = [
+            f"- **{row['case']}**: peak above the start, MiB: stock {row['stock']:.1f}, private {row['private']:.1f} "
+            f"(of it arena {row['arena']:.1f}); spread {row['spread']['stock']:.1f}, {row['spread']['private']:.1f}"
+            for row in memory_table(cases, asked.repeats)
+        ]
+        text = f"Peak memory, median of {asked.repeats} fresh processes, three steps each\n\n" + "\n".join(lines)
+    else:
+        torch.set_num_threads(1) if asked.device == "cpu" else None
+        results = []
+        for case in cases:
+            results.append(run_case(case, asked.device, asked.rounds, asked.peer_every))
+            print(report(results[-1:], asked.device), flush=True)
+        text = report(results, asked.device)
+    if asked.log:
+        with LOG.open("a", encoding="utf-8") as file:
+            file.write(title + text + "\n")
+    elif asked.memory:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
