@@ -7,6 +7,7 @@ sent: averages of B are then averages of the product, exactly.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from client.backbone import seeded
+from client.pooling import average_tokens, mean_pooling_modules
 from common.errors import InvalidInput
 from common.messages import Arrays
 
@@ -61,6 +63,7 @@ def attach(
     target_modules: Sequence[str] | None,
     aggregation: str,
     public_seed: int,
+    pooling: str = "first",
 ) -> Any:
     """Put a fresh adapter on ``model``: A from the public seed, B zero, A frozen under ``ffa``; dropout off.
 
@@ -70,19 +73,26 @@ def attach(
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = choose_targets(model, target_modules)
+    constant = mean_pooling_modules(model) if pooling == "mean" else ()
+    if constant:
+        average_tokens(model)
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS if task == "classification" else TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=lora_alpha,
         lora_dropout=0.0,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        exclude_modules=rf".*{re.escape(constant[0])}\..*" if constant else None,
+        modules_to_save=list(constant) or None,
     )
     with seeded(public_seed):
         adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
-    if aggregation == "ffa":
-        for name, parameter in adapted.named_parameters():
-            if "lora_A" in name:
-                parameter.requires_grad = False
+    for name, parameter in adapted.named_parameters():
+        is_constant = any(f".{part}.modules_to_save" in name for part in constant)
+        if is_constant or (aggregation == "ffa" and "lora_A" in name):
+            parameter.requires_grad = False
+        if parameter.requires_grad:  # sums of clipped gradients and small steps need the full mantissa
+            parameter.data = parameter.data.to(torch.float32)
     switch_off_dropout(adapted)
     return adapted
 

@@ -21,7 +21,8 @@ from common.messages import Arrays
 @dataclass(frozen=True)
 class Evaluation:
     """``score``: accuracy in [0, 1], higher is better. ``loss``: mean cross-entropy in nats, per example (classification)
-    or per completion token. ``count``: examples or completion tokens behind them."""
+    or per completion token. ``count``: examples or completion tokens behind them.
+    """
 
     score: float
     loss: float
@@ -52,9 +53,10 @@ class Evaluator:
         was_training = self._model.training
         self._model.eval()
         for start in range(0, len(self._examples), self._batch_size):
-            batch = collate(self._examples[start : start + self._batch_size], self._pad_token_id, device)
-            labels = batch.pop("labels")
-            logits = self._model(**batch).logits.float()
+            group = self._examples[start : start + self._batch_size]
+            batch = collate(group, pad_token_id=self._pad_token_id, device=device)
+            labels = batch.labels
+            logits = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
             if labels.dim() == 2:
                 kept = labels[:, 1:] != -100
                 logits, labels = logits[:, :-1][kept], labels[:, 1:][kept]

@@ -14,6 +14,7 @@ add/remove with the ε that ``PLDAccountant().compose(event)`` states, because
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,6 +37,8 @@ from common.messages import (
     adapter_hash,
 )
 from common.privacy.sampling import PoissonSampler
+
+log = logging.getLogger(__name__)
 
 
 class StepListener(Protocol):
@@ -125,7 +128,12 @@ class Trainer:
         if not isinstance(admission, Granted):  # an admission this code does not know must not train
             return Status(StatusCode.UNAVAILABLE)
         self._guard.start(request)
-        update = self._update(request)
+        try:
+            update = self._update(request)
+        except Exception:  # no record can cause this; whatever did, the reservation is spent and never trained again
+            log.exception("training failed after it had started: the reservation is spent")
+            self._guard.abandon(request)
+            return Status(StatusCode.LOST)
         return self._guard.finish(request, update)
 
     def _update(self, request: TrainRequest) -> Arrays:

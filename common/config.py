@@ -56,6 +56,7 @@ class RunConfig(_Settings):
     holdout: float | None = Field(
         None, gt=0, lt=1, description="share of rows set aside for evaluation; they count as public (simulation only)"
     )
+    eval_every: int = Field(1, ge=1, description="score every so many rounds, and the last; the others have no score")
     silos: int | None = Field(None, ge=1, description="split the rows at random into this many silos")
     silo_column: str | None = Field(None, description="column that names each row's silo")
     only_silos: tuple[str, ...] | None = Field(None, description="keep these silos only (comma-separated)")
@@ -87,6 +88,9 @@ class RunConfig(_Settings):
     target_modules: tuple[str, ...] | None = Field(
         None, description="modules that get an adapter, comma-separated; default: the attention's query and value"
     )
+    pooling: Literal["first", "mean"] = Field(
+        "first", description="what a BERT classifier reads: its first token, or the mean of the token states"
+    )
     aggregation: Literal["ffa", "fedavg"] = Field(
         "ffa", description="ffa: A frozen at a public seed, B trained; fedavg: A and B trained"
     )
@@ -101,7 +105,9 @@ class RunConfig(_Settings):
     noise_allocation: Literal["uniform"] = Field("uniform", description="noise over the adapter's tensors")
     engine: Literal["fused", "opacus"] = Field("fused", description="per-example gradients: fused, or Opacus hooks")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
-    precision: Literal["float32", "bf16"] = Field("float32", description="of the frozen backbone")
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto", description="of the frozen backbone; auto: bf16 on a GPU, float32 on a CPU"
+    )
     backend: Literal["inprocess", "ray"] = Field("inprocess", description="in one process, or Flower's engine on Ray")
     threads: int | None = Field(None, ge=1, description="torch threads per client; 1 makes backends agree bitwise")
     seed: int | None = Field(None, ge=0, description="fixes noise and sampling too: for tests, marks 'not private'")

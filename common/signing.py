@@ -74,7 +74,9 @@ class SigningKey:
             InvalidInput: the file is missing or holds no Ed25519 key.
         """
         try:
-            return cls(Ed25519PrivateKey.from_private_bytes(base64.b64decode(path.read_text("ascii"), validate=True)))
+            return cls(
+                Ed25519PrivateKey.from_private_bytes(base64.b64decode(path.read_text("ascii").strip(), validate=True))
+            )
         except (OSError, ValueError, binascii.Error) as error:
             raise InvalidInput(f"{path}: not a readable Ed25519 key ({error})") from error
 

@@ -130,8 +130,10 @@ def participation_order(
     return tuple(result)
 
 
-def draw_up(config: RunConfig, descriptions: Sequence[Description], run_id: str) -> RunTerms:
-    """The terms of a run for the clients that described themselves.
+def draw_up(
+    config: RunConfig, descriptions: Sequence[Description], run_id: str, *, relation: str | None = None
+) -> RunTerms:
+    """The terms of a run for the clients that described themselves; ``relation`` replaces that of the settings.
 
     Raises:
         InvalidInput: a client's settings are impossible (q > 1, δ too large, a name in the TOML that nobody has), or
@@ -159,7 +161,7 @@ def draw_up(config: RunConfig, descriptions: Sequence[Description], run_id: str)
         participants=order,
         local_steps=config.local_steps,
         clipping_norm=0.0 if config.no_privacy else config.clipping_norm,
-        relation=config.relation,
+        relation=relation or config.relation,
         optimizer=config.optimizer,
         learning_rate=config.learning_rate,
         server_optimizer=config.server_optimizer,
@@ -213,9 +215,7 @@ def _client_terms(config: RunConfig, description: Description, rounds: int, weig
         event = SampledGaussian(noise_multiplier=noise, sample_rate=rate, steps=config.local_steps)
         envelope = Envelope((event,) * rounds)
     else:
-        event = SampledGaussian(
-            noise_multiplier=settings.noise_multiplier, sample_rate=rate, steps=config.local_steps
-        )
+        event = SampledGaussian(noise_multiplier=settings.noise_multiplier, sample_rate=rate, steps=config.local_steps)
         asked = "target_epsilon" in config.model_fields_set or (
             description.client in config.clients and config.clients[description.client].target_epsilon is not None
         )

@@ -118,7 +118,9 @@ def _read_file(path: Path) -> list[Row]:
         return _through_datasets("csv", path)
     if name.endswith(".parquet"):
         return _through_datasets("parquet", path)
-    raise InvalidInput(f"{path}: unknown kind of file; use one of {', '.join(ENDINGS)} or a Hugging Face data set folder")
+    raise InvalidInput(
+        f"{path}: unknown kind of file; use one of {', '.join(ENDINGS)} or a Hugging Face data set folder"
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -61,7 +61,9 @@ def set_aside(
         aside.extend(rows[i] for i in sorted(order[:count]))
         kept[name] = [rows[i] for i in sorted(order[count:])]
     if not aside:
-        raise InvalidInput(f"holdout {fraction:g} sets no row aside: there are too few rows; raise it or give --eval-data")
+        raise InvalidInput(
+            f"holdout {fraction:g} sets no row aside: there are too few rows; raise it or give --eval-data"
+        )
     return kept, aside
 
 

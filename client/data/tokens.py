@@ -139,7 +139,9 @@ def _language_encoder(rows: Sequence[Row], tokenizer: Any, columns: ColumnNames)
 
 def _chat(tokenizer: Any, row: Row, number: int) -> tuple[list[int], list[int]]:
     messages = row["messages"]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and "role" in m and "content" in m for m in messages
+    ):
         raise InvalidInput(f"row {number}: 'messages' must be a list of objects with 'role' and 'content'")
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
     if last is None:
@@ -148,7 +150,9 @@ def _chat(tokenizer: Any, row: Row, number: int) -> tuple[list[int], list[int]]:
     before = tokenizer.apply_chat_template(messages[:last], add_generation_prompt=True, **options)
     whole = tokenizer.apply_chat_template(messages[: last + 1], **options)
     if whole[: len(before)] != before:
-        raise InvalidInput(f"row {number}: the chat template rewrites earlier turns; the completion cannot be told apart")
+        raise InvalidInput(
+            f"row {number}: the chat template rewrites earlier turns; the completion cannot be told apart"
+        )
     return list(before), list(whole[len(before) :])
 
 

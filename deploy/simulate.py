@@ -1,0 +1,328 @@
+"""``cloister simulate``: the whole federation on one machine, with the code of the real one.
+
+Order matters for privacy: settings, model and self-test come before data is opened; everything that can be wrong with
+the data is found before round 1; and a folder for the results appears only after that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid
+
+from client.data.tokens import Prepared
+from client.evaluator import Evaluator
+from client.relay import build_relay
+from client.trainer import StepListener, Trainer
+from common.certificate import Certificate
+from common.config import RunConfig
+from common.errors import CloisterError, InvalidInput, Unavailable
+from common.ledger import Ledger
+from common.messages import Arrays
+from deploy.inprocess_grid import InProcessGrid
+from deploy.inputs import Inputs, classes_of, declared_records, gather, next_output, tokenise, tokenise_silos
+from deploy.report import write_report
+from deploy.simulated_clients import (
+    FolderClients,
+    InProcessClients,
+    StateFolder,
+    build_trainer,
+    describe,
+    open_guard,
+    write_for_actors,
+)
+from deploy.statements import Run, write_adapter, write_metrics
+from deploy.workshop import Workshop, open_workshop, set_threads
+from server.accountant import EmbeddedAccountant
+from server.app import build_server_app
+from server.checkpoint import write_atomically
+from server.exchange import Exchange
+from server.rounds import Finished, Listener, RoundLoop
+from server.terms import RunTerms, draw_up
+
+CONNECT_TIMEOUT_S = 120.0
+NOT_COMPARED = frozenset({"resume", "output", "threads", "backend", "micro_batch_size", "device"})
+"""Settings that may differ when a run is resumed: they change speed, not what is computed."""
+
+
+class Watcher(Listener):
+    """Hears everything a simulation does; the terminal is one."""
+
+    def prepared(self, terms: RunTerms, prepared: Mapping[str, Prepared], inputs: Inputs, output: Path) -> None:
+        """All is ready; round 1 comes next. The counts in ``prepared`` are private: they are for each organisation."""
+
+    def warn(self, text: str) -> None:
+        """Something the people who run this should know."""
+
+    def stepped(self, client: str, step: int, steps: int) -> None:
+        """A client has done one of its local steps."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where everything is, and what came out."""
+
+    output: Path
+    terms: RunTerms
+    metrics: tuple[dict[str, Any], ...]
+    certificate: Certificate
+    statement: str = field(repr=False)
+
+
+def simulate(config: RunConfig, watcher: Watcher | None = None) -> Result:
+    """Run a simulation to its end and write everything it leaves.
+
+    Raises:
+        InvalidInput: a setting or the data is not usable; no output folder was made.
+        CloisterError: see ``common/errors.py``; what was finished is in the output folder and can be resumed.
+    """
+    watcher = watcher or Watcher()
+    set_environment()
+    set_threads(config.threads)
+    config, run_id, output = _settle(config)
+    if config.task == "classification":  # the classes' names are needed to build the head
+        inputs = gather(config)
+        classes = classes_of(config, inputs)
+        workshop = open_workshop(config, classes)
+    else:
+        workshop = open_workshop(config, ())
+        inputs, classes = gather(config), ()
+    prepared = tokenise_silos(config, inputs.silos, workshop.tokenizer, workshop.max_length, classes)
+    evaluator = _evaluator(config, inputs, workshop, classes)
+    fresh = not output.exists()
+    with ExitStack() as stack:
+        if fresh:
+            stack.callback(lambda: _remove_if_unstarted(output))
+        output.mkdir(parents=True, exist_ok=True)
+        state = StateFolder(output / "state")
+        state.path.mkdir(mode=0o700, exist_ok=True)
+        terms = _terms(config, run_id, prepared, inputs, workshop, state)
+        _write_settings(state, config, run_id)
+        watcher.prepared(terms, prepared, inputs, output)
+        for text in _warnings(terms, inputs, evaluator is not None):
+            watcher.warn(text)
+        return _Session(config, terms, inputs, classes, workshop, prepared, state, output, evaluator, watcher).run()
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One simulation with all its parties."""
+
+    config: RunConfig
+    terms: RunTerms
+    inputs: Inputs
+    classes: tuple[str, ...]
+    workshop: Workshop
+    prepared: Mapping[str, Prepared]
+    state: StateFolder
+    output: Path
+    evaluator: Evaluator | None
+    watcher: Watcher
+
+    def run(self) -> Result:
+        with Ledger(self.output / "ledger.sqlite") as ledger:
+            accountant = EmbeddedAccountant(ledger, self.state.key("accountant"))
+            finished = self._train(accountant)
+            return self._write(accountant, finished)
+
+    def _train(self, accountant: EmbeddedAccountant) -> Finished:
+        done: list[Finished] = []
+
+        def serve(grid: Grid, _context: Context) -> None:
+            done.append(self._loop(Exchange(grid), accountant).run())
+
+        app = build_server_app(serve)
+        if self.config.backend == "ray":
+            self._on_ray(app)
+        else:
+            self._in_process(app)
+        return done[0]
+
+    def _loop(self, exchange: Exchange, accountant: EmbeddedAccountant) -> RoundLoop:
+        descriptions = exchange.describe(len(self.terms.clients), CONNECT_TIMEOUT_S)
+        if [one.client for one in descriptions] != [client.name for client in self.terms.clients]:
+            raise Unavailable("the nodes that answered are not the silos of this run")
+        return RoundLoop(
+            terms=self.terms,
+            initial=self.workshop.workbench.initial,
+            public_keys={one.client: one.public_key for one in descriptions},
+            exchange=exchange,
+            accountant=accountant,
+            key=self.state.key("coordinator"),
+            folder=self.state.path,
+            evaluate=self.evaluator,
+            evaluate_every=self.config.eval_every,
+            on_metrics=lambda metrics: write_metrics(self.output / "metrics.jsonl", metrics),
+            listener=self.watcher,
+        )
+
+    def _in_process(self, app: Any) -> None:
+        with ExitStack() as stack:
+            trainers = dict(self._trainers(stack, self.watcher.stepped))
+            grid = InProcessGrid(build_relay(InProcessClients(trainers)), list(trainers))
+            app(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={}))
+
+    def _trainers(self, stack: ExitStack, listener: StepListener) -> Iterator[tuple[str, Trainer]]:
+        for index, client in enumerate(self.terms.clients):
+            guard = open_guard(client, index, self.terms, self.state)
+            stack.callback(guard.close)
+            examples = self.prepared[client.name].examples
+            yield (
+                client.name,
+                build_trainer(client, examples, guard, self.workshop.workbench, self.config.seed, listener),
+            )
+
+    def _on_ray(self, app: Any) -> None:
+        from deploy.ray_backend import run_on_ray
+
+        with tempfile.TemporaryDirectory(prefix="cloister-actors-") as folder:
+            examples = {name: one.examples for name, one in self.prepared.items()}
+            write_for_actors(Path(folder), self.config, self.classes, self.terms, self.state, examples)
+            run_on_ray(app, build_relay(FolderClients(Path(folder))), len(self.terms.clients), self.config)
+
+    def _write(self, accountant: EmbeddedAccountant, finished: Finished) -> Result:
+        run = Run(
+            config=self.config,
+            terms=self.terms,
+            classes=self.classes,
+            held_out=self.inputs.held_out,
+            max_length=self.workshop.max_length,
+            accountant=accountant,
+            coordinator=self.state.key("coordinator"),
+            client_keys={client.name: self.state.client_key(i) for i, client in enumerate(self.terms.clients)},
+        )
+        with ExitStack() as stack:
+            guards = {}
+            for index, client in enumerate(self.terms.clients):
+                guards[client.name] = open_guard(client, index, self.terms, self.state)
+                stack.callback(guards[client.name].close)
+            data = run.certificate(guards, finished.adapter, int(finished.metrics[-1]["round"]))
+        write_atomically(self.output / "certificate.json", data)
+        certificate = Certificate.from_json(json.loads(data)["certificate"])
+        write_adapter(
+            self.output / "adapter", self.workshop.model, finished.adapter, run, self.workshop.folder, certificate,
+            finished.metrics,
+        )  # fmt: skip
+        text = write_report(self.output / "report.html", self.terms, certificate, finished.metrics)
+        return Result(self.output, self.terms, finished.metrics, certificate, text)
+
+
+def set_environment() -> None:
+    """Keep Flower, Ray and the hub library quiet and off the network, whatever the user's shell says about them."""
+    for name, value in {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _settle(config: RunConfig) -> tuple[RunConfig, str, Path]:
+    """The settings, run id and folder to use: new ones, or those of the run that is resumed."""
+    if not config.resume:
+        output = Path(config.output) if config.output else next_output()
+        if output.exists() and any(output.iterdir()):
+            raise InvalidInput(f"{output}: is not empty; choose another --output, or go on with --resume")
+        return config, secrets.token_hex(8), output
+    if config.output is None:
+        raise InvalidInput("--resume needs --output: the folder of the run that is to go on")
+    output = Path(config.output)
+    file = output / "state" / "run.json"
+    try:
+        body = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{file}: cannot be read, so there is no run to resume ({error})") from error
+    stored = RunConfig.from_mapping(body["config"])
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    for name, value in given.items():
+        if name not in NOT_COMPARED and value != getattr(stored, name):
+            raise InvalidInput(
+                f"{name.replace('_', '-')} = {value!r}, but the run was started with {getattr(stored, name)!r}: "
+                "leave it out to resume"
+            )
+    kept = {name: value for name, value in given.items() if name in NOT_COMPARED}
+    return stored.model_copy(update=kept), body["run_id"], output
+
+
+def _write_settings(state: StateFolder, config: RunConfig, run_id: str) -> None:
+    body = {"run_id": run_id, "config": config.model_dump(mode="json", by_alias=True, exclude_unset=True)}
+    write_atomically(state.path / "run.json", json.dumps(body, indent=2).encode())
+
+
+def _terms(
+    config: RunConfig, run_id: str, prepared: Mapping[str, Prepared], inputs: Inputs, workshop: Workshop,
+    state: StateFolder,
+) -> RunTerms:  # fmt: skip
+    descriptions = [
+        describe(name, index, declared_records(config, name, prepared[name].examples), state, workshop.workbench)
+        for index, name in enumerate(sorted(prepared))
+    ]
+    # Sizes that follow from the data are published, so removing a record must leave them as they are.
+    relation = "zero_out" if config.relation == "add_remove" and not inputs.declared else config.relation
+    return draw_up(config, descriptions, run_id, relation=relation)
+
+
+def _evaluator(
+    config: RunConfig, inputs: Inputs, workshop: Workshop, classes: Sequence[str]
+) -> Callable[[Arrays], Any] | None:
+    if not inputs.evaluation:
+        return None
+    examples = tokenise(config, inputs.evaluation, workshop.tokenizer, workshop.max_length, classes).examples
+    if not examples:
+        raise InvalidInput(
+            f"the evaluation set keeps no completion token within {workshop.max_length} tokens: raise --max-length"
+        )
+    return Evaluator(workshop.model, examples, pad_token_id=workshop.tokenizer.pad_token_id)
+
+
+def _warnings(terms: RunTerms, inputs: Inputs, evaluated: bool) -> Iterator[str]:
+    if not evaluated:
+        yield "no public evaluation set: the score is empty; give --eval-data or --holdout"
+    noise = {client.name: client.noise_on_the_mean for client in terms.clients if client.envelope is not None}
+    if not noise:
+        return
+    median = sorted(noise.values())[len(noise) // 2]
+    for client in terms.clients:
+        if noise.get(client.name, 0.0) > 2 * median:
+            yield (
+                f"{client.name} ({client.declared_records} declared records): its noise per step is "
+                f"{noise[client.name] / median:.1f} times the median silo's, and with equal weights it is "
+                f"{_share(noise, client.name):.0%} of the noise in the average. What helps: --weights declared, a larger "
+                "ε for it, fewer rounds, or --only-silos without it"
+            )
+
+
+def _share(noise: Mapping[str, float], name: str) -> float:
+    """One silo's part of the variance of the noise in an equally weighted average."""
+    return noise[name] ** 2 / sum(value**2 for value in noise.values())
+
+
+def _remove_if_unstarted(output: Path) -> None:
+    """Leave nothing behind if not even round 0 was written."""
+    if output.exists() and not (output / "metrics.jsonl").exists():
+        shutil.rmtree(output, ignore_errors=True)
+
+
+@contextmanager
+def quiet_warnings() -> Iterator[None]:
+    """Deprecations of libraries are for the tests, not for the terminal of a user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+__all__ = ["CloisterError", "Result", "Watcher", "quiet_warnings", "set_environment", "simulate"]

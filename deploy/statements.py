@@ -1,0 +1,222 @@
+"""What a run leaves in its folder besides the ledger: adapter, model card, certificate, metrics, report.
+
+Every file is written beside and renamed, every folder too: a killed run leaves no half of anything.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from client.adapter import save, set_arrays
+from client.guard import Guard
+from client.journal import State
+from common.certificate import (
+    Attested,
+    Certificate,
+    ClientPart,
+    Epsilons,
+    Estimate,
+    SignedPart,
+    epsilons_of,
+    issue,
+    sign_part,
+    statement,
+)
+from common.config import RunConfig
+from common.errors import InvalidInput
+from common.ledger import GENESIS
+from common.messages import Arrays, Envelope, adapter_hash
+from common.privacy import EdgeworthAccountant
+from common.signing import SigningKey, digest
+from common.statement import not_protected
+from server.accountant import EmbeddedAccountant
+from server.checkpoint import write_atomically
+from server.terms import ClientTerms, RunTerms
+
+SETTINGS = "cloister.json"
+"""Beside the adapter: what ``cloister evaluate`` and ``cloister generate`` need to use it as it was trained."""
+
+BEGUN = frozenset({State.STARTED, State.REPLIED, State.LOST})
+
+
+def write_metrics(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """All lines at once, by rename."""
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in metrics)
+    write_atomically(path, lines.encode())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the statements about a finished simulation are made from."""
+
+    config: RunConfig
+    terms: RunTerms
+    classes: tuple[str, ...]
+    held_out: int
+    max_length: int
+    accountant: EmbeddedAccountant
+    coordinator: SigningKey
+    client_keys: Mapping[str, SigningKey]
+
+    def certificate(self, guards: Mapping[str, Guard], final: Arrays, rounds_run: int) -> bytes:
+        """The signed certificate: each client signs its own part, the coordinator the whole."""
+        terms = self.terms
+        parts = tuple(self._part(client, guards[client.name]) for client in terms.clients)
+        accounted = {client.name: self._accounted(client.name) for client in terms.clients}
+        epsilons = {item.part.client: self._epsilons(item, accounted[item.part.client]) for item in parts}
+        reasons = self._reasons()
+        head, signature = self.accountant.signed_head()
+        certificate = Certificate(
+            run_id=terms.run_id,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            coordinator_key=self.coordinator.public_key,
+            accountant_key=self.accountant.public_key,
+            accountant_head=head,
+            accountant_head_signature=signature,
+            backbone_hash=terms.backbone_hash,
+            initial_adapter_hash=terms.initial_hash,
+            adapter_hash=adapter_hash(final),
+            aggregation=terms.aggregation,
+            server_optimizer=terms.server_optimizer,
+            noise_schedule=self.config.noise_schedule,
+            noise_allocation=self.config.noise_allocation,
+            rounds_planned=terms.rounds,
+            rounds_run=rounds_run,
+            simulation=True,
+            private=not reasons,
+            reasons=reasons,
+            parts=parts,
+            accounted=accounted,
+            epsilons=epsilons,
+            not_protected=not_protected(release="immediate", anchored=False, simulation=True),
+            notes=self._notes(),
+            software=f"cloister {version('cloister')}",
+        )
+        return issue(self.coordinator, certificate)
+
+    def _part(self, client: ClientTerms, guard: Guard) -> SignedPart:
+        coordinator = self.coordinator.public_key
+        uses = [use for use in guard.uses(coordinator, self.terms.run_id) if use.state in BEGUN]
+        part = ClientPart(
+            run_id=self.terms.run_id,
+            client=client.name,
+            dataset=client.dataset,
+            public_key=guard.public_key,
+            relation=self.terms.relation,
+            delta=client.target_delta or min(1e-5, 0.1 / client.declared_records),
+            target_epsilon=client.target_epsilon,
+            declared_records=client.declared_records,
+            clipping_norm=self.terms.clipping_norm,
+            envelope=client.envelope or Envelope(()),
+            rounds=tuple(Attested(use.reservation_id, use.server_round, use.participation, use.event) for use in uses),
+            first_head=GENESIS,
+            last_head=guard.head(coordinator),
+            code_digest=code_digest(),
+        )
+        return sign_part(self.client_keys[client.name], part)
+
+    def _accounted(self, name: str) -> tuple[Attested, ...]:
+        return tuple(
+            Attested(held.reservation.reservation_id, held.reservation.server_round, held.participation,
+                     held.reservation.event)
+            for held in self.accountant.counting(self.terms.run_id, name)
+        )  # fmt: skip
+
+    def _epsilons(self, item: SignedPart, accounted: Sequence[Attested]) -> Epsilons:
+        events = [one.event for one in accounted if one.event is not None]
+        estimate = None
+        if events and self.terms.relation != "replace_one":
+            found = EdgeworthAccountant(order=2, tilted=True).compose_all(events).estimate(delta=item.part.delta)
+            estimate = Estimate(found.epsilon, found.skewness, found.in_regime)
+        return epsilons_of(item.part, accounted, estimate)
+
+    def _reasons(self) -> tuple[str, ...]:
+        reasons = []
+        if self.config.no_privacy:
+            reasons.append("the run was made with --no-privacy: neither clipping nor noise")
+        if self.config.seed is not None:
+            reasons.append("noise and sampling come from --seed, which whoever knows it can repeat")
+        return tuple(reasons)
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = ["a simulation: every party ran in one process, with keys made for this run"]
+        if self.held_out:
+            notes.append(
+                f"{self.held_out} records were set aside for evaluation before training: they count as public and are "
+                "not covered"
+            )
+        if self.terms.relation == "zero_out":
+            notes.append(
+                "declared sizes follow from the data (rounded down to two digits), so the relation is zero_out: a "
+                "neighbouring data set has a record that contributes nothing instead"
+            )
+        return tuple(notes)
+
+
+def code_digest() -> str:
+    """SHA-256 over this installation's own source files, by name: what every party of a simulation ran."""
+    root = Path(__file__).resolve().parent.parent
+    files = sorted(
+        file for room in ("common", "client", "server") for file in (root / room).rglob("*.py") if file.is_file()
+    )
+    return digest([[str(file.relative_to(root)), digest(file.read_text("utf-8"))] for file in files])
+
+
+def write_adapter(
+    folder: Path, model: Any, final: Arrays, run: Run, backbone: Path, certificate: Certificate, metrics: Sequence[Any]
+) -> None:
+    """The adapter with its model card, as ``PeftModel.from_pretrained`` loads it; replaced as a whole."""
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    set_arrays(model, final)
+    save(model, beside, str(backbone))
+    settings = {
+        "task": run.config.task,
+        "classes": list(run.classes),
+        "max_length": run.max_length,
+        "backbone_hash": run.terms.backbone_hash,
+        "aggregation": run.terms.aggregation,
+        "public_seed": run.terms.public_seed,
+    }
+    (beside / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    (beside / "README.md").write_text(model_card(run, certificate, metrics), "utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def model_card(run: Run, certificate: Certificate, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The adapter's README: what it is, how well it does, and the privacy statement."""
+    first, last = metrics[0], metrics[-1]
+    score = "no public evaluation set was given"
+    if last["score"] is not None:
+        what = "accuracy" if run.config.task == "classification" else "next-token accuracy on completion tokens"
+        score = (
+            f"{what} on the public set: {last['score']:.4f} after round {last['round']} "
+            f"(untrained: {first['score']:.4f}); loss {last['loss']:.4f} (untrained: {first['loss']:.4f})"
+        )
+    return (
+        "---\nlibrary_name: peft\ntags:\n- lora\n- differential-privacy\n- federated-learning\n---\n"
+        f"# LoRA adapter of run {run.terms.run_id}\n\n"
+        f"Trained by {len(run.terms.clients)} organisations in {last['round']} rounds on the backbone with hash "
+        f"`{run.terms.backbone_hash[:16]}…`. {score}.\n\n"
+        f"## Privacy\n\n{statement(certificate)}\n"
+    )
+
+
+def read_settings(adapter: Path) -> dict[str, Any]:
+    """What ``write_adapter`` noted beside the adapter.
+
+    Raises:
+        InvalidInput: the folder is no adapter of ours.
+    """
+    try:
+        return dict(json.loads((adapter / SETTINGS).read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{adapter}: no readable {SETTINGS}: give the adapter folder of a run") from error

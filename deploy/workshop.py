@@ -1,0 +1,95 @@
+"""Puts backbone, adapter and engine together, once per process, from settings alone: no record is needed for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client.adapter import attach, trained_arrays
+from client.backbone import backbone_hash, context_length, load_model, load_tokenizer, resolve
+from client.engine import make_engine, self_test
+from client.trainer import Workbench
+from common.config import RunConfig
+
+DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
+DEFAULT_LENGTH = 256
+"""Tokens per record if ``max-length`` is not given and the model takes more."""
+
+PRECISIONS = {"float32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """The loaded model and what stands on it.
+
+    Attributes:
+        folder: of the backbone. model: the ``PeftModel``. max_length: tokens per record. device: where it runs.
+    """
+
+    folder: Path
+    tokenizer: Any
+    model: Any
+    workbench: Workbench
+    max_length: int
+    device: str
+
+
+def backbone_folder(model: str) -> Path:
+    """The local folder of ``model``; ``demo`` is the embedded one."""
+    return resolve(str(DEMO_BACKBONE) if model == "demo" else model)
+
+
+def choose_device(asked: str) -> str:
+    """``cuda`` where there is one and nothing else was asked for."""
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def set_threads(threads: int | None) -> None:
+    """Torch threads of this process; all cores if not asked otherwise."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+
+
+def open_workshop(config: RunConfig, classes: Sequence[str], *, test: bool = True) -> Workshop:
+    """Load, attach, build the engine, and try it on made-up public tokens.
+
+    Raises:
+        InvalidInput: the model, a target module or a layer is not usable; the message names it.
+    """
+    folder = backbone_folder(config.model)
+    device = choose_device(config.device)
+    precision = config.precision if config.precision != "auto" else ("bf16" if device == "cuda" else "float32")
+    tokenizer = load_tokenizer(folder)
+    base = load_model(
+        folder, task=config.task, classes=classes, public_seed=config.public_seed, precision=precision
+    ).to(device)
+    max_length = min(config.max_length or DEFAULT_LENGTH, context_length(base))
+    model = attach(
+        base,
+        task=config.task,
+        rank=config.rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.target_modules,
+        aggregation=config.aggregation,
+        public_seed=config.public_seed,
+        pooling=config.pooling,
+    )
+    engine = make_engine(
+        model,
+        task=config.task,
+        kind=config.engine,
+        micro_batch_size=config.micro_batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        max_length=max_length,
+        precision=PRECISIONS[precision],
+    )
+    if test:
+        self_test(engine)
+    workbench = Workbench(engine, backbone_hash(folder), trained_arrays(model))
+    return Workshop(folder, tokenizer, model, workbench, max_length, device)

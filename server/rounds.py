@@ -1,0 +1,310 @@
+"""The round loop: reserve, mark, send, collect, charge, aggregate, evaluate, write. Nothing is sent unreserved.
+
+One round, in this order, each step durable before the next:
+
+1. the accountant reserves every participant's event; who has no budget left is left out and the run goes on;
+2. the plan of the round is signed, and what is about to be sent is marked;
+3. answers are read one by one in the order of client names, checked, and added to the average;
+4. everything that was sent is charged, whatever became of it; only a client's signed word that it never trained and
+   never will gives a reservation back;
+5. the server optimizer moves the adapter, the public set scores it, and the checkpoint replaces the old one.
+
+A loop that is killed anywhere goes on from its checkpoint: the same request is sent again, a trainer that has
+answered gives the same bytes, and one that had begun says ``lost``, which is charged and never trained again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.errors import InvalidInput, LedgerCorrupt, Refused, Unavailable
+from common.messages import Arrays, Description, Envelope, Plan, Refusal, Reply, Status, TrainRequest, adapter_hash
+from common.signing import SigningKey
+from server import checkpoint as checkpoints
+from server.accountant import Answer as Permissions
+from server.accountant import Ask, Budget, Denial, EmbeddedAccountant, Outcome, Registration
+from server.aggregation import ServerOptimizer, WeightedMean
+from server.checkpoint import Checkpoint
+from server.exchange import Answer, Exchange, Failure
+from server.terms import ClientTerms, RunTerms
+
+
+class Scored(Protocol):
+    """What an evaluation says: ``score`` higher is better, ``loss`` in nats."""
+
+    @property
+    def score(self) -> float:
+        """Accuracy, or next-token accuracy on completion tokens."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+
+
+class Listener:
+    """Hears what the loop does; every method may be left as it is."""
+
+    def round_started(self, server_round: int, clients: tuple[str, ...]) -> None:
+        """Requests of this round are about to be sent to ``clients``."""
+
+    def answered(self, server_round: int, client: str, outcome: Outcome, reason: str) -> None:
+        """One client's answer was read; ``reason`` explains anything but a reply."""
+
+    def denied(self, server_round: int, denial: Denial) -> None:
+        """The accountant left this client out."""
+
+    def round_ended(self, record: Mapping[str, Any]) -> None:
+        """A line of ``metrics.jsonl`` was written."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that reached its last round: the adapter, and one metrics object per round from round 0."""
+
+    adapter: Arrays = field(repr=False)
+    metrics: tuple[dict[str, Any], ...]
+
+
+class RoundLoop:
+    """Runs one run to its end, from wherever its checkpoint stands.
+
+    Args:
+        terms: fixed and public. initial: the untrained adapter, the same everywhere.
+        public_keys: of the clients, by name. key: the coordinator's. folder: where checkpoint and metrics are kept.
+        evaluate: scores an adapter on public data, every ``evaluate_every`` rounds; None if there is no public set.
+        on_metrics: gets all metrics lines after each round (to write ``metrics.jsonl``).
+    """
+
+    def __init__(
+        self,
+        *,
+        terms: RunTerms,
+        initial: Arrays,
+        public_keys: Mapping[str, str],
+        exchange: Exchange,
+        accountant: EmbeddedAccountant,
+        key: SigningKey,
+        folder: Path,
+        evaluate: Callable[[Arrays], Scored] | None = None,
+        evaluate_every: int = 1,
+        on_metrics: Callable[[tuple[dict[str, Any], ...]], None] = lambda metrics: None,
+        listener: Listener | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if adapter_hash(initial) != terms.initial_hash:
+            raise Refused("the initial adapter is not the one the terms were drawn up for")
+        self._terms, self._initial, self._keys = terms, initial, dict(public_keys)
+        self._exchange, self._accountant, self._key = exchange, accountant, key
+        self._path = folder / "checkpoint.npz"
+        self._evaluate, self._every, self._on_metrics = evaluate, evaluate_every, on_metrics
+        self._listener = listener or Listener()
+        self._clock = clock
+        self._optimizer = ServerOptimizer(terms.server_optimizer, terms.server_learning_rate)
+
+    def run(self) -> Finished:
+        """Run every round that is not finished yet.
+
+        Raises:
+            BudgetExhausted: an envelope does not fit; nothing was sent.
+            LedgerCorrupt: the checkpoint is damaged or of another run.
+            Unavailable: nobody gave an update in the first round.
+        """
+        state = self._start()
+        while state.server_round < self._terms.rounds:
+            state = self._round(state)
+        return Finished(state.adapter, state.metrics)
+
+    def _start(self) -> Checkpoint:
+        terms = self._terms
+        self._accountant.register(
+            terms.run_id,
+            {client.name: registration(client, self._keys[client.name], terms) for client in terms.clients},
+        )
+        found = checkpoints.load(self._path, terms.plan_hash)
+        if found is not None:
+            if {name: a.shape for name, a in found.adapter.items()} != self._shapes:
+                raise LedgerCorrupt(f"{self._path}: its adapter has other shapes than this run's")
+            if found.optimizer:
+                self._optimizer.restore(found.optimizer)
+            self._settle()
+            self._on_metrics(found.metrics)
+            return found
+        record = self._record(0, self._initial, 0.0)
+        state = Checkpoint(terms.plan_hash, 0, self._initial, {}, (record,))
+        self._write(state)
+        return state
+
+    def _settle(self) -> None:
+        """What a killed loop left open is spent if it may have been sent."""
+        sent = [one for one in self._accountant.open(self._terms.run_id) if one.sending]
+        if sent:
+            self._accountant.commit(
+                self._terms.run_id, {one.signed.reservation.reservation_id: Outcome.UNKNOWN for one in sent}
+            )
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(array.shape) for name, array in self._initial.items()}
+
+    def _round(self, state: Checkpoint) -> Checkpoint:
+        started = self._clock()
+        server_round = state.server_round + 1
+        names = tuple(n for n in self._terms.participants[server_round - 1] if n not in state.left)
+        permissions = self._reserve(server_round, names)
+        requests = self._requests(state, server_round, permissions)
+        self._listener.round_started(server_round, tuple(sorted(requests)))
+        self._mark(requests)
+        mean, outcomes = self._collect(server_round, requests)
+        self._accountant.commit(self._terms.run_id, outcomes)
+        if server_round == 1 and mean.count == 0:
+            raise Unavailable("no client gave an update in round 1, so nothing can be trained: see the reasons above")
+        adapter = state.adapter if mean.count == 0 else self._optimizer.step(state.adapter, mean.mean())
+        record = self._record(server_round, adapter, self._clock() - started)
+        left = (*state.left, *(denial.client for denial in permissions.denied))
+        following = Checkpoint(
+            state.plan_hash, server_round, adapter, self._optimizer.state(), (*state.metrics, record), left
+        )
+        self._write(following)
+        return following
+
+    def _reserve(self, server_round: int, names: tuple[str, ...]) -> Permissions:
+        asks = [self._ask(server_round, name) for name in names]
+        permissions = self._accountant.reserve(self._terms.run_id, server_round, asks)
+        for denial in permissions.denied:
+            self._listener.denied(server_round, denial)
+        return permissions
+
+    def _ask(self, server_round: int, name: str) -> Ask:
+        run_id = self._terms.run_id
+        attempt = self._accountant.next_attempt(run_id, server_round, name)
+        envelope = self._terms.client(name).envelope
+        if envelope is None:
+            return Ask(name, None, attempt)
+        # Past the envelope's end the last event is asked for once more, so that the accountant says no in its own words.
+        place = min(self._terms.participation(name, server_round), len(envelope.events) - 1)
+        return Ask(name, envelope.events[place], attempt)
+
+    def _requests(self, state: Checkpoint, server_round: int, permissions: Permissions) -> dict[str, TrainRequest]:
+        current = adapter_hash(state.adapter)
+        requests = {}
+        for signed in permissions.granted:
+            reservation = signed.reservation
+            participation = permissions.participation[reservation.reservation_id]
+            plan = self._plan(self._terms.client(reservation.client), signed.reservation, participation, current)
+            requests[reservation.client] = TrainRequest(
+                plan, self._key.sign("plan", plan.to_json()), signed, state.adapter
+            )
+        return requests
+
+    def _plan(self, client: ClientTerms, reservation: Any, participation: int, current: str) -> Plan:
+        terms = self._terms
+        return Plan(
+            run_id=terms.run_id,
+            server_round=reservation.server_round,
+            client=client.name,
+            dataset=client.dataset,
+            attempt=reservation.attempt,
+            participation=participation,
+            event=reservation.event,
+            local_steps=terms.local_steps,
+            clipping_norm=terms.clipping_norm,
+            expected_batch_size=client.expected_batch_size,
+            declared_records=client.declared_records,
+            optimizer=terms.optimizer,
+            learning_rate=terms.learning_rate,
+            aggregation=terms.aggregation,
+            backbone_hash=terms.backbone_hash,
+            adapter_hash=current,
+            envelope=client.envelope or Envelope(()),
+        )
+
+    def _mark(self, requests: Mapping[str, TrainRequest]) -> None:
+        """The durable word that something may have been sent; a request sent again is closed already."""
+        ids = {request.reservation.reservation.reservation_id for request in requests.values()}
+        unsent = {one.signed.reservation.reservation_id for one in self._accountant.open(self._terms.run_id)} & ids
+        self._accountant.sending(self._terms.run_id, sorted(unsent))
+
+    def _collect(
+        self, server_round: int, requests: Mapping[str, TrainRequest]
+    ) -> tuple[WeightedMean, dict[str, Outcome]]:
+        mean = WeightedMean(self._shapes)
+        outcomes: dict[str, Outcome] = {}
+        for name, answer in self._exchange.train(requests, self._terms.deadline_s):
+            outcome, reason = self._judge(requests[name], answer, mean)
+            if outcome is not None:
+                outcomes[requests[name].reservation.reservation.reservation_id] = outcome
+            self._listener.answered(server_round, name, outcome or Outcome.REFUSED, reason)
+        return mean, outcomes
+
+    def _judge(self, request: TrainRequest, answer: Answer, mean: WeightedMean) -> tuple[Outcome | None, str]:
+        """What the ledger records of an answer (None: it was voided); a good update is added to the mean."""
+        reservation_id = request.reservation.reservation.reservation_id
+        if isinstance(answer, Failure):
+            return answer.outcome, answer.reason
+        if isinstance(answer, Status):
+            return (Outcome.LOST if answer.code == "lost" else Outcome.ERROR), f"the trainer says {answer.code}"
+        if isinstance(answer, Refusal):
+            return self._refused(request, answer)
+        if answer.reservation_id != reservation_id:
+            return Outcome.ERROR, "the reply is for another reservation"
+        try:
+            mean.add(answer.update, self._terms.client(request.plan.client).weight)
+        except InvalidInput as error:
+            return Outcome.ERROR, str(error)
+        return Outcome.REPLIED, ""
+
+    def _refused(self, request: TrainRequest, refusal: Refusal) -> tuple[Outcome | None, str]:
+        reservation_id = request.reservation.reservation.reservation_id
+        reason = f"refused: {refusal.reason}"
+        try:
+            refusal.check(self._keys[request.plan.client])
+            if refusal.request_hash != request.request_hash:
+                return Outcome.REFUSED, f"{reason} (of another request)"
+            if refusal.voiding:
+                self._accountant.void(self._terms.run_id, reservation_id, refusal)
+                return None, reason
+        except Refused as error:
+            return Outcome.REFUSED, f"{reason} ({error})"
+        return Outcome.REFUSED, reason
+
+    def _record(self, server_round: int, adapter: Arrays, seconds: float) -> dict[str, Any]:
+        """One line of ``metrics.jsonl``; ε is what the accountant certifies at this moment."""
+        due = server_round % self._every == 0 or server_round == self._terms.rounds
+        scored = self._evaluate(adapter) if self._evaluate is not None and due else None
+        private = all(client.envelope is not None for client in self._terms.clients)
+        epsilon = {
+            client.name: self._accountant.spent(self._terms.run_id, client.name).epsilon
+            for client in self._terms.clients
+        }
+        return {
+            "round": server_round,
+            "score": None if scored is None else scored.score,
+            "loss": None if scored is None else scored.loss,
+            "epsilon": epsilon if private else None,
+            "seconds": round(seconds, 3),
+        }
+
+    def _write(self, state: Checkpoint) -> None:
+        checkpoints.save(state, self._path)
+        self._on_metrics(state.metrics)
+        self._listener.round_ended(state.metrics[-1])
+
+
+def registration(client: ClientTerms, public_key: str, terms: RunTerms) -> Registration:
+    """What the accountant is told about a client before round 1."""
+    if client.envelope is None or client.target_epsilon is None or client.target_delta is None:
+        return Registration(client.dataset, None, Envelope(()), public_key)
+    budget = Budget(client.target_epsilon, client.target_delta, terms.relation)
+    return Registration(client.dataset, budget, client.envelope, public_key)
+
+
+def keys_of(descriptions: list[Description]) -> dict[str, str]:
+    """The clients' public keys by name."""
+    return {description.client: description.public_key for description in descriptions}
+
+
+__all__ = ["Finished", "Listener", "Reply", "RoundLoop", "Scored", "keys_of", "registration"]
