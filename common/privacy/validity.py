@@ -102,3 +102,39 @@ def may_spend(
     certified_epsilon(accountant, target_delta)
     assert isinstance(accountant, PLDAccountant | RDPAccountant)  # noqa: S101 - for the type checker; checked above
     return accountant.compose_all(asked).epsilon(target_delta) <= target
+
+
+class Contradiction(ArithmeticError):
+    """Two sound accountants contradict each other: one of them is wrong, and neither number may be used."""
+
+
+@dataclass(frozen=True)
+class Certified:
+    """One list of events, by two independent upper bounds and a lower one.
+
+    Attributes:
+        epsilon: the certified ε (PLD).
+        epsilon_rdp: the Rényi bound.
+        epsilon_lower: the lower side of the PLD.
+        delta: at this δ.
+    """
+
+    epsilon: float
+    epsilon_rdp: float
+    epsilon_lower: float
+    delta: float
+
+
+def cross_checked(plan: Plan, delta: float) -> Certified:
+    """Return the certified ε of a plan after confronting PLD and RDP.
+
+    Raises:
+        Contradiction: if the Rényi bound lies below the PLD's lower side.
+        ValueError: for an adaptive plan (see :meth:`Plan.accountant`), or δ out of range.
+    """
+    pld = plan.accountant()
+    by_rdp = RDPAccountant(plan.relation).compose_all(plan.events).epsilon(delta)
+    found = Certified(pld.epsilon(delta), by_rdp, pld.epsilon_lower(delta), delta)
+    if found.epsilon_rdp < found.epsilon_lower or found.epsilon < found.epsilon_lower:
+        raise Contradiction(f"upper bounds below a lower bound: {found}; no number of this plan may be used")
+    return found
