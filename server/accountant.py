@@ -345,9 +345,9 @@ def _denial(account: Account, ask: Ask) -> Denial | None:
         raise Refused(f"{ask.client} is registered with a budget, but no event was asked for")
     place = account.next_participation()
     envelope = account.registration.envelope
-    events, relation, delta = account.events(), budget.relation, budget.target_delta
     if envelope.allows(place, ask.event) and (account.places_are_distinct() or _fits(account, ask.event, budget)):
         return None
+    events, relation, delta = account.events(), budget.relation, budget.target_delta
     spent = charge(events, relation=relation, delta=delta).epsilon
     asked = charge((*events, ask.event), relation=relation, delta=delta).epsilon
     reason = "envelope" if place < len(envelope.events) else "budget"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,23 @@ class Account:
     registration: Registration
     epsilon: float
     held: list[Held] = field(default_factory=list)
+    _places: Counter[int] = field(default_factory=Counter)
+    _lowest_free: int = 0
+    _crowded: int = 0
+
+    def count(self, held: Held) -> None:
+        """Let a reservation count, from now on or again."""
+        self._places[held.participation] += 1
+        self._crowded += self._places[held.participation] > 1
+        while self._places[self._lowest_free] > 0:
+            self._lowest_free += 1
+
+    def discount(self, held: Held) -> None:
+        """A reservation was voided: its place is free, unless another holds it too."""
+        self._crowded -= self._places[held.participation] > 1
+        self._places[held.participation] -= 1
+        if self._places[held.participation] == 0:
+            self._lowest_free = min(self._lowest_free, held.participation)
 
     def spent(self) -> list[Held]:
         """The reservations that count."""
@@ -53,13 +71,11 @@ class Account:
 
     def places_are_distinct(self) -> bool:
         """False when a voided reservation counts again and its place was given away meanwhile."""
-        places = [held.participation for held in self.spent()]
-        return len(set(places)) == len(places)
+        return self._crowded == 0
 
     def next_participation(self) -> int:
         """The lowest place of the envelope that no counting reservation holds."""
-        taken = {held.participation for held in self.spent()}
-        return next(index for index in range(len(taken) + 1) if index not in taken)
+        return self._lowest_free
 
 
 Request = tuple[str, int, str, int]
@@ -109,7 +125,9 @@ class Book:
     def _reserve(self, entry: Entry, body: Mapping[str, Any]) -> None:
         reservation = Reservation.from_json(body["reservation"])
         held = Held(reservation, body["participation"], entry.hash)
-        self.runs[reservation.run_id][reservation.client].held.append(held)
+        account = self.runs[reservation.run_id][reservation.client]
+        account.held.append(held)
+        account.count(held)
         self.reservations[reservation.reservation_id] = held
         self.requests[request_of(reservation)] = held
 
@@ -120,10 +138,18 @@ class Book:
     def _commit(self, _entry: Entry, body: Mapping[str, Any]) -> None:
         for reservation_id, outcome in body["outcomes"].items():
             held = self.reservations[reservation_id]
+            if held.void:
+                self._account(held).count(held)
             held.outcome, held.void = outcome, False
 
     def _void(self, _entry: Entry, body: Mapping[str, Any]) -> None:
-        self.reservations[body["reservation_id"]].void = True
+        held = self.reservations[body["reservation_id"]]
+        if not held.void:
+            held.void = True
+            self._account(held).discount(held)
+
+    def _account(self, held: Held) -> Account:
+        return self.runs[held.reservation.run_id][held.reservation.client]
 
 
 def request_of(reservation: Reservation) -> Request:
