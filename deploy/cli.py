@@ -1,7 +1,7 @@
 """The command ``cloister``.
 
-Exit codes: 0 done · 1 something failed · 2 a setting, a file or a record is wrong · 4 a privacy budget does not allow it ·
-5 refused by a policy, signature or plan · 6 a ledger, certificate or checkpoint does not verify · 7 something cannot be
+Exit codes: 0 done · 1 something failed · 2 a setting, a file or a record is wrong · 4 a privacy budget does not allow
+it · 5 refused by a policy, signature or plan · 6 a ledger, certificate or checkpoint does not verify · 7 something cannot be
 reached · 130 interrupted.
 """
 
@@ -18,8 +18,11 @@ from rich.console import Console
 
 from common.config import RunConfig
 from common.errors import CloisterError, Interrupted
+from deploy.accountant_commands import accountant_app
 from deploy.ledger_commands import certificate_app, ledger_app
 from deploy.options import with_run_options
+from deploy.plan_commands import calibrate, plan
+from deploy.policy_commands import policy_app, register_budget
 
 app = typer.Typer(
     name="cloister",
@@ -64,6 +67,13 @@ def _simulate(config: RunConfig, as_json: Json = False) -> None:
 
 
 app.command("simulate")(with_run_options(_simulate))
+app.command("plan")(plan)
+app.command("calibrate")(calibrate)
+app.add_typer(accountant_app)
+client_app = typer.Typer(help="An organisation's own side.", no_args_is_help=True)
+client_app.add_typer(policy_app)
+register_budget(client_app)
+app.add_typer(client_app, name="client")
 app.add_typer(ledger_app)
 app.add_typer(certificate_app)
 

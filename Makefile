@@ -1,0 +1,56 @@
+# make simulate   the embedded demo: four organisations, one adapter, an ε for each
+# make test       everything that is tested in under ten minutes
+#
+# Both make one editable virtual environment in .venv and install nothing twice.
+# TORCH=cuda leaves out the constraint that picks the CPU build of torch where one is on offer.
+
+PYTHON ?= python3
+TORCH ?= cpu
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(TORCH)
+CONSTRAINT := $(if $(filter cuda,$(TORCH)),,--constraint constraints-cpu.txt)
+OUTPUT := $(if $(output),--output $(output),)
+
+.DEFAULT_GOAL := help
+.PHONY: help simulate test test-slow check format benchmarks protos clean
+
+help:  ## show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+simulate: $(STAMP)  ## install, then run the embedded demo (about two minutes on two cores)
+	$(BIN)/cloister simulate $(OUTPUT)
+
+test: $(STAMP)  ## install, then run the fast tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)  ## the tests that take longer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+
+check: $(STAMP)  ## lint, format and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(STAMP)  ## put every file into the one format
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+benchmarks: $(STAMP)  ## the figures of the README's tables that take minutes (the others name their command)
+	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/accountant.py
+
+protos: $(STAMP)  ## regenerate the gRPC stubs in common/wire
+	$(BIN)/python -m common.wire.generate
+
+clean:  ## remove the environment and every cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@command -v git >/dev/null || { echo "git is missing: apt-get install git"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, this is $$($(PYTHON) -V): set PYTHON=…"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time) …"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) --editable '.[client,simulation,dev]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
