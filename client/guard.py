@@ -26,8 +26,9 @@ from common import errors
 from common.certificate import Attested, ClientPart, SignedPart, sign_part
 from common.charge import charge
 from common.errors import LedgerCorrupt, Unavailable
+from common.history import Begun, ChargedRun, ClientHistory, SignedHistory
 from common.ledger import Ledger
-from common.messages import Arrays, Plan, Refusal, RefusalReason, Reply, TrainRequest
+from common.messages import Arrays, Plan, Refusal, RefusalReason, Reply, Reservation, TrainRequest
 from common.signing import SigningKey
 
 
@@ -214,6 +215,34 @@ class Guard:
         with self._lock:
             every = self._journal.uses.values()
             return tuple(use for use in every if (use.coordinator, use.run_id) == (coordinator, run_id))
+
+    def history(self, coordinator: str) -> SignedHistory:
+        """The signed list of everything that was charged and began for that coordinator, and for no other."""
+        with self._lock:
+            charged = [item for item in self._journal.charged.values() if item.coordinator == coordinator]
+            runs = tuple(
+                ChargedRun(
+                    item.run_id,
+                    item.dataset,
+                    item.group,
+                    item.relation,
+                    item.delta,
+                    item.epsilon if item.is_private else None,
+                    item.envelope,
+                )
+                for item in charged
+            )
+            uses = [use for item in charged for use in self._journal.began(coordinator, item.run_id, item.dataset)]
+            begun = tuple(Begun(self._reservation(use), use.participation) for use in uses)
+            head = self._ledger.head(coordinator)
+            history = ClientHistory(self.policy.organisation, coordinator, runs, begun, head)
+            return SignedHistory.sign(self._key, history)
+
+    def _reservation(self, use: Use) -> Reservation:
+        client = self.policy.organisation
+        return Reservation(
+            use.reservation_id, use.run_id, use.server_round, client, use.dataset, use.attempt, use.event
+        )
 
     def part(self, coordinator: str, run_id: str, dataset: str, *, code_digest: str) -> SignedPart:
         """This organisation's signed part of the run's certificate.

@@ -57,6 +57,7 @@ class Use:
     run_id: str = ""
     dataset: str = ""
     server_round: int = 0
+    attempt: int = 0
     participation: int = -1
     event: SampledGaussian | None = None
     clipping_norm: float = 0.0
@@ -176,7 +177,8 @@ def _use(coordinator: str, body: Mapping[str, Any], state: State) -> Use:
     else:
         use.run_id, use.dataset, use.participation = body["run_id"], body["dataset"], body["participation"]
         use.server_round = body["server_round"]
-        use.server_round, use.clipping_norm = body["server_round"], float(body["clipping_norm"])
+        use.server_round, use.attempt = body["server_round"], body["attempt"]
+        use.clipping_norm = float(body["clipping_norm"])
         use.event = None if body["event"] is None else SampledGaussian.from_json(body["event"])
     return use
 

@@ -134,3 +134,11 @@ class Spent:
     epsilon_rdp: float
     target_epsilon: float
     target_delta: float
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """What a client's signed list taught the coordinator: ids that were imported, and such that count again."""
+
+    imported: tuple[str, ...]
+    revived: tuple[str, ...]

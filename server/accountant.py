@@ -18,14 +18,16 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from common.accounts import Answer, Ask, Budget, Denial, OpenReservation, Outcome, Registration, Spent
+from common.accounts import Answer, Ask, Budget, Denial, OpenReservation, Outcome, Reconciled, Registration, Spent
 from common.certificate import Attested
 from common.charge import charge
 from common.errors import BudgetExhausted, InvalidInput, Refused
+from common.history import SignedHistory
 from common.ledger import GENESIS, Draft, Entry, Ledger
 from common.messages import Refusal, Reservation, SignedReservation
 from common.privacy import SampledGaussian
 from common.signing import SigningKey, canonical
+from server import imports
 from server.book import Account, Book, Held
 
 __all__ = [
@@ -168,6 +170,32 @@ class EmbeddedAccountant:
                 raise Refused(f"reservation {reservation_id} may have been sent: only its client can give it back")
             evidence = None if refusal is None else refusal_json(refusal)
             self._ledger.append("void", run_id, {"reservation_id": reservation_id, "refusal": evidence})
+
+    def reconcile(self, signed: SignedHistory, *, public_key: str, coordinator: str) -> Reconciled:
+        """Take over what a client's signed list holds and this book does not: it is spent. The larger spend is true.
+
+        Args:
+            signed: as the client sent it.
+            public_key: the client's, known beforehand.
+            coordinator: our coordinator's public key; a list for another says nothing here.
+
+        Raises:
+            Refused: another signature, another coordinator, or a conflict (one reservation or run, two contents);
+                nothing was written, and nothing should be sent until it is understood.
+        """
+        signed.check(public_key)
+        history = signed.history
+        if history.coordinator != coordinator:
+            raise Refused(f"{history.client}: this history is for another coordinator")
+        with self._writing() as book:
+            drafts = [*imports.missing_runs(book, history, public_key)]
+            fresh, revived = imports.missing_reservations(book, history)
+            drafts += fresh
+            for run_id, ids in revived.items():
+                drafts.append(Draft("commit", run_id, {"outcomes": dict.fromkeys(ids, str(Outcome.LATE))}))
+            self._ledger.append_many(drafts)
+        imported = tuple(draft.body["reservation"]["reservation_id"] for draft in fresh)
+        return Reconciled(imported, tuple(rid for ids in revived.values() for rid in ids))
 
     def open(self, run_id: str) -> tuple[OpenReservation, ...]:
         """What has no outcome yet; after a restart, commit it as ``unknown`` (or void what was never sent)."""

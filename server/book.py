@@ -95,6 +95,7 @@ class Book:
             "sending": self._sending,
             "commit": self._commit,
             "void": self._void,
+            "import": self._import,
         }
 
     def apply(self, entry: Entry) -> None:
@@ -130,6 +131,15 @@ class Book:
         account.count(held)
         self.reservations[reservation.reservation_id] = held
         self.requests[request_of(reservation)] = held
+
+    def _import(self, entry: Entry, body: Mapping[str, Any]) -> None:
+        """A reservation that only the client still knew of: it counts, and is closed."""
+        known = self.requests.get(request_of(Reservation.from_json(body["reservation"])))
+        self._reserve(entry, body)
+        held = self.reservations[body["reservation"]["reservation_id"]]
+        held.sending, held.outcome = True, "unknown"
+        if known is not None:  # the round was asked for again meanwhile: that answer stays, and both count
+            self.requests[request_of(held.reservation)] = known
 
     def _sending(self, _entry: Entry, body: Mapping[str, Any]) -> None:
         for reservation_id in body["reservations"]:

@@ -1,0 +1,95 @@
+"""What a client says it has done for one coordinator: the signed list that is sent at join and after a restart.
+
+The coordinator's book may be older than the truth (a restored backup). The client's list holds every envelope that was
+charged and every reservation under which training began for *this* coordinator, and nothing about any other. What the
+coordinator lacks it imports as spent; a conflict stops; nothing is ever taken back because a list is shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import InvalidInput
+from common.messages import Envelope, Reservation
+from common.signing import SigningKey, verify
+
+
+@dataclass(frozen=True)
+class ChargedRun:
+    """One run's envelope at one data set; ``epsilon`` is None for a run without privacy."""
+
+    run_id: str
+    dataset: str
+    group: str | None
+    relation: str
+    delta: float
+    epsilon: float | None
+    envelope: Envelope
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A reservation under which training began, and its place in the envelope."""
+
+    reservation: Reservation
+    participation: int
+
+
+@dataclass(frozen=True)
+class ClientHistory:
+    """Everything one client did for one coordinator (a public key), oldest first, and its chain's head."""
+
+    client: str
+    coordinator: str
+    charged: tuple[ChargedRun, ...]
+    begun: tuple[Begun, ...]
+    head: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that is signed, as kind ``history``."""
+        return {
+            "client": self.client,
+            "coordinator": self.coordinator,
+            "charged": [{**vars(item), "envelope": item.envelope.to_json()} for item in self.charged],
+            "begun": [
+                {"reservation": item.reservation.to_json(), "participation": item.participation} for item in self.begun
+            ],
+            "head": self.head,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ClientHistory:
+        """The inverse of ``to_json``.
+
+        Raises:
+            InvalidInput: it is malformed.
+        """
+        try:
+            charged = tuple(
+                ChargedRun(**{**item, "envelope": Envelope.from_json(item["envelope"])}) for item in value["charged"]
+            )
+            begun = tuple(
+                Begun(Reservation.from_json(item["reservation"]), int(item["participation"])) for item in value["begun"]
+            )
+            return cls(str(value["client"]), str(value["coordinator"]), charged, begun, str(value["head"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidInput(f"this history is malformed: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class SignedHistory:
+    """A history and its client's signature."""
+
+    history: ClientHistory
+    signature: str
+
+    @classmethod
+    def sign(cls, key: SigningKey, history: ClientHistory) -> SignedHistory:
+        """The client's word."""
+        return cls(history, key.sign("history", history.to_json()))
+
+    def check(self, public_key: str) -> None:
+        """Raise ``Refused`` unless ``public_key`` signed it."""
+        verify(public_key, "history", self.history.to_json(), self.signature)
