@@ -165,7 +165,7 @@ class Reservation:
 
     def to_json(self) -> dict[str, Any]:
         """The object that is signed."""
-        body = asdict(self)
+        body = {name: getattr(self, name) for name in self.__dataclass_fields__}
         body["event"] = None if self.event is None else self.event.to_json()
         return body
 
