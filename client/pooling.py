@@ -4,7 +4,7 @@ Sentence encoders are trained on the mean of their token states; ``BertForSequen
 token through a pooler. With ``pooling = "mean"`` the last encoder block is replaced by one that averages: queries are
 zero, so attention is uniform over the tokens that are not padding; values pass unchanged; the residual is outweighed;
 the feed-forward part adds nothing. What the classifier reads is then the layer-normalised mean of the states below,
-through a pooler of 0.3·x and tanh.
+through a pooler of 0.5·x and tanh.
 
 The replaced block and the pooler are constants: public, frozen, saved with the adapter (``modules_to_save``), so that
 ``PeftModel.from_pretrained`` on the stock class and the unchanged backbone folder gives the same classifier. On SST-2
@@ -22,7 +22,7 @@ from common.errors import InvalidInput
 OUTWEIGHS = 64.0
 """Factor on the mean of the values: the first token's own state is one part in this many."""
 
-POOLER_SCALE = 0.3
+POOLER_SCALE = 0.5
 """Keeps tanh near its linear part for layer-normalised states."""
 
 

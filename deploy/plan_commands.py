@@ -24,6 +24,7 @@ from deploy.plan import (
     calibration_report,
     plan_report,
 )
+from deploy.plan_config import plan_from_config
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Rate = Annotated[float | None, typer.Option("--sample-rate", help="q, the chance of a record to be in a step")]
@@ -38,7 +39,12 @@ Steps = Annotated[int, typer.Option("--local-steps", help="DP-SGD steps per roun
 
 
 def plan(
-    noise_multiplier: Annotated[float, typer.Option("--noise-multiplier", help="σ, noise over clipping norm")],
+    noise_multiplier: Annotated[
+        float | None, typer.Option("--noise-multiplier", help="σ, noise over clipping norm")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML file of a run: plan every organisation of it", metavar="FILE")
+    ] = None,
     rounds: Rounds = 40,
     local_steps: Steps = 1,
     sample_rate: Rate = None,
@@ -51,6 +57,15 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a run will cost, by every accountant, before any data is touched."""
+    if config is not None:
+        federation = plan_from_config(config)
+        if as_json:
+            typer.echo(json.dumps(federation.to_json(), ensure_ascii=False))
+        else:
+            print_federation(federation, Console())
+        return
+    if noise_multiplier is None:
+        raise InvalidInput("give --noise-multiplier for one organisation, or --config FILE.toml for a federation")
     with invalid_input():
         rounds_plan = RoundPlan(
             noise_multiplier, _rate(sample_rate, expected_batch_size, declared_records), local_steps, rounds
