@@ -20,8 +20,12 @@ from common.messages import Arrays
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``score``: accuracy in [0, 1], higher is better. ``loss``: mean cross-entropy in nats, per example (classification)
-    or per completion token. ``count``: examples or completion tokens behind them.
+    """What a public set says of an adapter.
+
+    Attributes:
+        score: accuracy in [0, 1], higher is better.
+        loss: mean cross-entropy in nats, per example (classification) or per completion token.
+        count: examples or completion tokens behind them.
     """
 
     score: float

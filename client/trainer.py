@@ -116,7 +116,17 @@ class Trainer:
         )
 
     def train(self, request: TrainRequest) -> Reply | Refusal | Status:
-        """One round. The same request gives the same bytes; noise is never drawn twice for one reservation."""
+        """One round. The same request gives the same bytes; noise is never drawn twice for one reservation.
+
+        Guarantee: no exception leaves, because its text would; the log stays in the organisation.
+        """
+        try:
+            return self._train(request)
+        except Exception:
+            log.exception("the request cannot be worked on")
+            return Status(StatusCode.UNAVAILABLE)
+
+    def _train(self, request: TrainRequest) -> Reply | Refusal | Status:
         shapes = {name: tuple(array.shape) for name, array in self._workbench.initial.items()}
         admission = self._guard.admit(request, shapes=shapes)
         if isinstance(admission, Replay):

@@ -39,11 +39,13 @@ class _Settings(BaseModel):
 class ClientSettings(_Settings):
     """What may differ between organisations: ``[clients.NAME]`` in the TOML file."""
 
-    target_epsilon: float | None = Field(None, gt=0, description="this organisation's ε for the whole run")
-    target_delta: float | None = Field(None, gt=0, lt=1, description="this organisation's δ")
-    noise_multiplier: float | None = Field(None, gt=0, description="σ, instead of calibrating it to the target ε")
-    declared_records: int | None = Field(None, ge=1, description="the public constant behind the sample rate")
-    expected_batch_size: float | None = Field(None, gt=0, description="expected records per step")
+    target_epsilon: float | None = Field(default=None, gt=0, description="this organisation's ε for the whole run")
+    target_delta: float | None = Field(default=None, gt=0, lt=1, description="this organisation's δ")
+    noise_multiplier: float | None = Field(
+        default=None, gt=0, description="σ, instead of calibrating it to the target ε"
+    )
+    declared_records: int | None = Field(default=None, ge=1, description="the public constant behind the sample rate")
+    expected_batch_size: float | None = Field(default=None, gt=0, description="expected records per step")
 
 
 class RunConfig(_Settings):
@@ -52,41 +54,51 @@ class RunConfig(_Settings):
     data: str = Field(
         "demo", description="JSONL, CSV or Parquet file, folder of such files (one per silo), HF data set, or 'demo'"
     )
-    eval_data: str | None = Field(None, description="public evaluation set; it is not protected")
+    eval_data: str | None = Field(default=None, description="public evaluation set; it is not protected")
     holdout: float | None = Field(
-        None, gt=0, lt=1, description="share of rows set aside for evaluation; they count as public (simulation only)"
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of rows set aside for evaluation; they count as public (simulation only)",
     )
     eval_every: int = Field(1, ge=1, description="score every so many rounds, and the last; the others have no score")
-    silos: int | None = Field(None, ge=1, description="split the rows at random into this many silos")
-    silo_column: str | None = Field(None, description="column that names each row's silo")
-    only_silos: tuple[str, ...] | None = Field(None, description="keep these silos only (comma-separated)")
-    prompt_column: str | None = Field(None, description="column with the prompt, or with the text to classify")
-    completion_column: str | None = Field(None, description="column with the completion")
-    label_column: str | None = Field(None, description="column with the class (classification)")
+    silos: int | None = Field(default=None, ge=1, description="split the rows at random into this many silos")
+    silo_column: str | None = Field(default=None, description="column that names each row's silo")
+    only_silos: tuple[str, ...] | None = Field(default=None, description="keep these silos only (comma-separated)")
+    prompt_column: str | None = Field(default=None, description="column with the prompt, or with the text to classify")
+    completion_column: str | None = Field(default=None, description="column with the completion")
+    label_column: str | None = Field(default=None, description="column with the class (classification)")
     task: Literal["causal-lm", "classification"] = Field("causal-lm", description="what is trained")
-    max_length: int | None = Field(None, ge=4, description="tokens per record; longer records are cut at the end")
+    max_length: int | None = Field(
+        default=None, ge=4, description="tokens per record; longer records are cut at the end"
+    )
     model: str = Field("demo", description="folder, Hugging Face id, or 'demo' for the embedded smoke-test backbone")
     rounds: int = Field(40, ge=1, description="rounds of the run")
     local_steps: int = Field(1, ge=1, description="DP-SGD steps of each client per round")
     clients_per_round: int | None = Field(
-        None, ge=1, description="take this many clients per round, in a public random order (no amplification taken)"
+        default=None,
+        ge=1,
+        description="take this many clients per round, in a public random order (no amplification taken)",
     )
     expected_batch_size: float | None = Field(
-        None, gt=0, description="expected records per step; q = expected batch size / declared records"
+        default=None, gt=0, description="expected records per step; q = expected batch size / declared records"
     )
-    micro_batch_size: int | None = Field(None, ge=1, description="records per forward pass; changes speed only")
+    micro_batch_size: int | None = Field(default=None, ge=1, description="records per forward pass; changes speed only")
     target_epsilon: float = Field(8.0, gt=0, description="ε of each client for the whole run; calibrates the noise")
     target_delta: float | None = Field(
-        None, gt=0, lt=1, description="δ of each client; default min(1e-5, 0.1/declared records)"
+        default=None, gt=0, lt=1, description="δ of each client; default min(1e-5, 0.1/declared records)"
     )
     allow_large_delta: bool = Field(False, description="allow a δ above min(1e-5, 0.1/declared records)")
     relation: Literal["add_remove", "replace_one"] = Field("add_remove", description="neighbouring relation")
-    noise_multiplier: float | None = Field(None, gt=0, description="σ of every client, instead of calibrating it")
+    noise_multiplier: float | None = Field(
+        default=None, gt=0, description="σ of every client, instead of calibrating it"
+    )
     clipping_norm: float = Field(1.0, gt=0, description="C: L2 bound on each record's gradient")
     rank: int = Field(8, ge=1, description="rank of the LoRA adapters")
     lora_alpha: float = Field(16.0, gt=0, description="scale of the LoRA adapters (alpha / rank)")
     target_modules: tuple[str, ...] | None = Field(
-        None, description="modules that get an adapter, comma-separated; default: the attention's query and value"
+        default=None,
+        description="modules that get an adapter, comma-separated; default: the attention's query and value",
     )
     pooling: Literal["first", "mean"] = Field(
         "first", description="what a BERT classifier reads: its first token, or the mean of the token states"
@@ -98,6 +110,9 @@ class RunConfig(_Settings):
     learning_rate: float = Field(1.0, gt=0, description="of the local optimizer")
     server_optimizer: Literal["fedavg", "fedavgm", "fedadam"] = Field("fedadam", description="server optimizer")
     server_learning_rate: float = Field(1e-2, gt=0, description="of the server optimizer")
+    server_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how the server's learning rate falls over the rounds"
+    )
     weights: Literal["uniform", "declared"] = Field(
         "uniform", description="public weights of the average: equal, or by declared records"
     )
@@ -109,11 +124,15 @@ class RunConfig(_Settings):
         "auto", description="of the frozen backbone; auto: bf16 on a GPU, float32 on a CPU"
     )
     backend: Literal["inprocess", "ray"] = Field("inprocess", description="in one process, or Flower's engine on Ray")
-    threads: int | None = Field(None, ge=1, description="torch threads per client; 1 makes backends agree bitwise")
-    seed: int | None = Field(None, ge=0, description="fixes noise and sampling too: for tests, marks 'not private'")
+    threads: int | None = Field(
+        default=None, ge=1, description="torch threads per client; 1 makes backends agree bitwise"
+    )
+    seed: int | None = Field(
+        default=None, ge=0, description="fixes noise and sampling too: for tests, marks 'not private'"
+    )
     public_seed: int = Field(0, ge=0, description="fixes split, initialisation and order of clients; stays private")
     no_privacy: bool = Field(False, description="train without clipping and noise; marks 'not private'")
-    output: str | None = Field(None, description="folder for the results; default runs/NNN")
+    output: str | None = Field(default=None, description="folder for the results; default runs/NNN")
     resume: bool = Field(False, description="go on with the run in --output from its last finished round")
     clients: dict[str, ClientSettings] = Field(default_factory=dict, description="settings per organisation")
 
@@ -164,7 +183,9 @@ def _explain(error: ValidationError) -> str:
     """One line for the first thing that is wrong."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
-    name = ".".join(dashed(part) for part in path) or "settings"
+    # A client's name keeps its own underscores.
+    shown = [part if i == 1 and path[0] == "clients" else dashed(part) for i, part in enumerate(path)]
+    name = ".".join(shown) or "settings"
     if first["type"] == "extra_forbidden":
         model: type[BaseModel] = ClientSettings if len(path) > 1 else RunConfig
         known = [dashed(field) for field in model.model_fields]

@@ -14,7 +14,7 @@ No field is free text (it could carry a record) and none is a count, a loss, a n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -88,12 +88,12 @@ class Envelope:
             and event.noise_multiplier >= bound.noise_multiplier
         )
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """A list with one event object per round."""
+    def to_json(self) -> list[str]:
+        """A list with one event per round, each in its own canonical JSON."""
         return [event.to_json() for event in self.events]
 
     @classmethod
-    def from_json(cls, value: list[dict[str, Any]]) -> Envelope:
+    def from_json(cls, value: Iterable[str | Mapping[str, Any]]) -> Envelope:
         """The inverse of ``to_json``."""
         return cls(tuple(SampledGaussian.from_json(item) for item in value))
 
@@ -239,7 +239,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A signed no. Only a voiding refusal gives the reservation back, and the guard burns the id before it signs one."""
+    """A signed no. Only a voiding one gives the reservation back; the guard burns the id before it signs that."""
 
     reservation_id: str
     request_hash: str
@@ -273,7 +273,10 @@ class Refusal:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Refusal:
-        """The inverse of ``to_json``; an unknown reason raises ``ValueError``."""
+        """The inverse of ``to_json``; an unknown reason or another type raises ``ValueError``."""
+        texts = (value["reservation_id"], value["request_hash"], value["signature"])
+        if not all(isinstance(text, str) for text in texts) or not isinstance(value["voiding"], bool):
+            raise ValueError("a refusal holds three texts, a reason and whether it voids")
         return cls(**(dict(value) | {"reason": RefusalReason(value["reason"])}))
 
     def check(self, public_key: str) -> None:

@@ -1,6 +1,6 @@
-"""Ed25519 signatures over canonical JSON, each bound to the kind of statement it signs.
+r"""Ed25519 signatures over canonical JSON, each bound to the kind of statement it signs.
 
-What is signed is ``b"cloister/v1/" + kind + b"\\0" + canonical(body)``: a signature made for one kind of statement
+What is signed is ``b"cloister/v1/" + kind + b"\0" + canonical(body)``: a signature made for one kind of statement
 (a plan, a reservation, a refusal, a head, a certificate) can never be passed off as another kind.
 
 >>> key = SigningKey.generate()
@@ -19,6 +19,7 @@ import binascii
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,22 @@ class SigningKey:
         return key
 
     def save(self, path: Path) -> None:
-        """Write the private key to a new file that only its owner may read (mode 0600)."""
+        """Write the private key to a new file that only its owner may read (mode 0600), whole or not at all.
+
+        Raises:
+            FileExistsError: there is a file of that name; a key is never overwritten.
+        """
         raw = self._private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(base64.b64encode(raw) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")  # mkstemp makes it 0600
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(base64.b64encode(raw) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(beside, path)
+        finally:
+            os.unlink(beside)
 
     def sign(self, kind: str, body: Mapping[str, Any]) -> str:
         """Base64 signature of ``body`` as a statement of ``kind``; the same input gives the same signature."""
@@ -105,7 +114,7 @@ class SigningKey:
 
 
 def verify(public_key: str, kind: str, body: Mapping[str, Any], signature: str) -> None:
-    """Check that ``public_key`` signed ``body`` as a statement of ``kind``.
+    """Check that ``public_key`` signed ``body`` as a statement of ``kind``; nothing of what is given is believed.
 
     Raises:
         Refused: the signature, the key or the kind does not match.
@@ -113,14 +122,14 @@ def verify(public_key: str, kind: str, body: Mapping[str, Any], signature: str) 
     try:
         key = Ed25519PublicKey.from_public_bytes(base64.b64decode(public_key, validate=True))
         key.verify(base64.b64decode(signature, validate=True), _message(kind, body))
-    except (InvalidSignature, ValueError, binascii.Error) as error:
-        shown = fingerprint(public_key) if _is_base64(public_key) else public_key[:16]
+    except (InvalidSignature, TypeError, ValueError, RecursionError) as error:
+        shown = fingerprint(public_key) if _is_base64(public_key) else str(public_key)[:16]
         raise Refused(f"the signature of this {kind} does not match key {shown}") from error
 
 
 def _is_base64(text: str) -> bool:
     try:
         base64.b64decode(text, validate=True)
-    except (ValueError, binascii.Error):
+    except (TypeError, ValueError):
         return False
     return True

@@ -1,8 +1,8 @@
 """The command ``cloister``.
 
 Exit codes: 0 done · 1 something failed · 2 a setting, a file or a record is wrong · 4 a privacy budget does not allow
-it · 5 refused by a policy, signature or plan · 6 a ledger, certificate or checkpoint does not verify · 7 something cannot be
-reached · 130 interrupted.
+it · 5 refused by a policy, signature or plan · 6 a ledger, certificate or checkpoint does not verify · 7 something
+cannot be reached · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from common.config import RunConfig
 from common.errors import CloisterError, Interrupted
@@ -149,7 +150,7 @@ def _print_json(body: dict[str, Any]) -> None:
 def main() -> None:
     """Run the command; every deliberate error is one line on stderr and its own exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except click.exceptions.Exit as exit_request:
         sys.exit(exit_request.exit_code)
     except click.ClickException as error:
@@ -159,12 +160,14 @@ def main() -> None:
         _fail(Interrupted("interrupted; go on with --resume and the same --output"))
     except CloisterError as error:
         _fail(error)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(error: CloisterError) -> None:
     if _State.debug:
         raise error
-    Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
     sys.exit(error.exit_code)
 
 

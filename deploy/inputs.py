@@ -1,4 +1,4 @@
-"""From settings to rows: which silos there are, which rows are public, and every complaint about them, before round 1."""
+"""From settings to rows: which silos there are, which rows are public, and every complaint about them, in time."""
 
 from __future__ import annotations
 

@@ -50,11 +50,8 @@ def _curve(points: Sequence[tuple[int, float | None]], title: str) -> str:
     low, high = min(y for _, y in known), max(y for _, y in known)
     span = (high - low) or 1.0
     last = max(x for x, _ in known) or 1
-    places = " ".join(
-        f"{MARGIN + x / last * (WIDTH - 2 * MARGIN):.1f},{HEIGHT - MARGIN - (y - low) / span * (HEIGHT - 2 * MARGIN):.1f}"
-        for x, y in known
-    )
-    bottom = HEIGHT - MARGIN
+    bottom, wide, high_up = HEIGHT - MARGIN, WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
+    places = " ".join(f"{MARGIN + x / last * wide:.1f},{bottom - (y - low) / span * high_up:.1f}" for x, y in known)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}: from {known[0][1]:.4g} to '
         f'{known[-1][1]:.4g}"><title>{html.escape(title)}</title>'

@@ -104,9 +104,7 @@ def simulate(config: RunConfig, watcher: Watcher | None = None) -> Result:
     with ExitStack() as stack:
         if fresh:
             stack.callback(lambda: _remove_if_unstarted(output))
-        output.mkdir(parents=True, exist_ok=True)
-        state = StateFolder(output / "state")
-        state.path.mkdir(mode=0o700, exist_ok=True)
+        state = _make_folders(output)
         terms = _terms(config, run_id, prepared, inputs, workshop, state)
         _write_settings(state, config, run_id)
         watcher.prepared(terms, prepared, inputs, output)
@@ -235,8 +233,7 @@ def _settle(config: RunConfig) -> tuple[RunConfig, str, Path]:
     """The settings, run id and folder to use: new ones, or those of the run that is resumed."""
     if not config.resume:
         output = Path(config.output) if config.output else next_output()
-        if output.exists() and any(output.iterdir()):
-            raise InvalidInput(f"{output}: is not empty; choose another --output, or go on with --resume")
+        _check_free(output)
         return config, secrets.token_hex(8), output
     if config.output is None:
         raise InvalidInput("--resume needs --output: the folder of the run that is to go on")
@@ -256,6 +253,25 @@ def _settle(config: RunConfig) -> tuple[RunConfig, str, Path]:
             )
     kept = {name: value for name, value in given.items() if name in NOT_COMPARED}
     return stored.model_copy(update=kept), body["run_id"], output
+
+
+def _check_free(output: Path) -> None:
+    """Refuse a folder that holds anything but what a run leaves that was killed before its first line."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise InvalidInput(f"{output}: is a file; choose a folder that does not exist yet for --output")
+    if {entry.name for entry in output.iterdir()} - {"state"} or (output / "state" / "run.json").exists():
+        raise InvalidInput(f"{output}: is not empty; choose another --output, or go on with --resume")
+
+
+def _make_folders(output: Path) -> StateFolder:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "state").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"{output}: cannot be made ({error.strerror}); choose another --output") from error
+    return StateFolder(output / "state")
 
 
 def _write_settings(state: StateFolder, config: RunConfig, run_id: str) -> None:
@@ -301,8 +317,8 @@ def _warnings(terms: RunTerms, inputs: Inputs, evaluated: bool) -> Iterator[str]
             yield (
                 f"{client.name} ({client.declared_records} declared records): its noise per step is "
                 f"{noise[client.name] / median:.1f} times the median silo's, and with equal weights it is "
-                f"{_share(noise, client.name):.0%} of the noise in the average. What helps: --weights declared, a larger "
-                "ε for it, fewer rounds, or --only-silos without it"
+                f"{_share(noise, client.name):.0%} of the noise in the average. What helps: --weights declared, a "
+                "larger ε for it, fewer rounds, or --only-silos without it"
             )
 
 

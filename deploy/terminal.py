@@ -1,4 +1,4 @@
-"""What a person sees while a simulation runs: bars on a terminal, plain lines anywhere else, nothing with ``--json``."""
+"""What a person sees while a simulation runs: bars on a terminal, plain lines elsewhere, nothing with ``--json``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -48,11 +49,11 @@ class Terminal(Watcher):
 
     def say(self, text: str) -> None:
         """One line about what is going on."""
-        self._console.print(text, highlight=False)
+        self._console.print(escape(text), highlight=False)
 
     def warn(self, text: str) -> None:
         """One warning."""
-        self._console.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
+        self._console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False)
 
     def prepared(self, terms: RunTerms, prepared: Mapping[str, Prepared], inputs: Inputs, output: Path) -> None:
         """The silos and what each will spend, before round 1."""
@@ -125,8 +126,8 @@ def closing(result: Result, console: Console) -> None:
     console.print(table)
     console.print(_meaning(result), highlight=False)
     console.print(
-        f"adapter, certificate, metrics, ledger and report: {result.output}/\n"
-        f"check it: cloister certificate verify {result.output}/certificate.json",
+        f"adapter, certificate, metrics, ledger and report: {escape(str(result.output))}/\n"
+        f"check it: cloister certificate verify {escape(str(result.output))}/certificate.json",
         highlight=False,
     )
 

@@ -6,7 +6,8 @@ terms; a client's own count never enters (it would be private and unbounded).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,13 @@ import numpy.typing as npt
 
 from common.errors import InvalidInput
 from common.messages import Arrays
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+"""Factor on the server's learning rate; noise that is averaged over ever smaller steps hurts the last adapter less."""
 
 Doubles = dict[str, npt.NDArray[np.float64]]
 
@@ -72,24 +80,28 @@ class ServerOptimizer:
 
     BETA_1, BETA_2, TINY = 0.9, 0.999, 1e-8
 
-    def __init__(self, kind: str, learning_rate: float) -> None:
+    def __init__(self, kind: str, learning_rate: float, schedule: str = "constant") -> None:
         if kind not in {"fedavg", "fedavgm", "fedadam"}:
             raise InvalidInput(f"server-optimizer {kind!r}: use fedavg, fedavgm or fedadam")
+        if schedule not in SCHEDULES:
+            raise InvalidInput(f"server-schedule {schedule!r}: use {', '.join(SCHEDULES)}")
         self._kind = kind
         self._rate = learning_rate
+        self._schedule = SCHEDULES[schedule]
         self._steps = 0
         self._first: Doubles = {}
         self._second: Doubles = {}
 
-    def step(self, adapter: Arrays, mean: Doubles) -> Arrays:
-        """The next adapter, float32."""
+    def step(self, adapter: Arrays, mean: Doubles, progress: float = 0.0) -> Arrays:
+        """The next adapter, float32; ``progress`` is the share of the run's rounds that lie behind, in [0, 1)."""
         self._steps += 1
-        return {name: self._moved(name, array, mean[name]) for name, array in adapter.items()}
+        rate = self._rate * self._schedule(progress)
+        return {name: self._moved(name, array, mean[name], rate) for name, array in adapter.items()}
 
     def _moved(
-        self, name: str, array: npt.NDArray[np.float32], update: npt.NDArray[np.float64]
+        self, name: str, array: npt.NDArray[np.float32], update: npt.NDArray[np.float64], rate: float
     ) -> npt.NDArray[np.float32]:
-        return (array.astype(np.float64) + self._rate * self._direction(name, update)).astype(np.float32)
+        return (array.astype(np.float64) + rate * self._direction(name, update)).astype(np.float32)
 
     def _direction(self, name: str, update: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         if self._kind == "fedavg":

@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,14 +103,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         Unavailable: the file cannot be written.
     """
-    temporary = ""
+    # One name per target: what a killed writer leaves is overwritten by the next, and never piles up.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            temporary = file.name
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -118,6 +117,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise Unavailable(f"{path}: cannot be written ({error.strerror or error})") from error

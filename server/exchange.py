@@ -129,7 +129,7 @@ def _read(message: Message | None) -> Answer:
         return Failure(Outcome.ERROR, f"code {message.error.code}: {message.error.reason}")
     try:
         return _parse(message.content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # parsers raise what they like; a client's bytes must not end the run
         return Failure(Outcome.ERROR, f"not an answer this version understands ({type(error).__name__}: {error})")
 
 
@@ -139,6 +139,8 @@ def _parse(content: RecordDict) -> Answer:
         body = json.loads(str(records["reply"]["json"]))
         # Array.numpy() reads numpy's own format with pickles switched off.
         update = {name: np.asarray(array.numpy()) for name, array in content.array_records["update"].items()}
+        if not isinstance(body["reservation_id"], str) or not isinstance(body["ledger_head"], str):
+            raise ValueError("reservation id and head are texts")
         return Reply(update=update, reservation_id=body["reservation_id"], ledger_head=body["ledger_head"])
     if "refusal" in records:
         return Refusal.from_json(json.loads(str(records["refusal"]["json"])))

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.errors import InvalidInput, LedgerCorrupt, Refused, Unavailable
+import numpy as np
+
+from common.errors import CloisterError, InvalidInput, LedgerCorrupt, Refused, Unavailable
 from common.messages import Arrays, Description, Envelope, Plan, Refusal, Reply, Status, TrainRequest, adapter_hash
 from common.signing import SigningKey
 from server import checkpoint as checkpoints
@@ -103,7 +105,7 @@ class RoundLoop:
         self._evaluate, self._every, self._on_metrics = evaluate, evaluate_every, on_metrics
         self._listener = listener or Listener()
         self._clock = clock
-        self._optimizer = ServerOptimizer(terms.server_optimizer, terms.server_learning_rate)
+        self._optimizer = ServerOptimizer(terms.server_optimizer, terms.server_learning_rate, terms.server_schedule)
 
     def run(self) -> Finished:
         """Run every round that is not finished yet.
@@ -162,7 +164,7 @@ class RoundLoop:
         self._accountant.commit(self._terms.run_id, outcomes)
         if server_round == 1 and mean.count == 0:
             raise Unavailable("no client gave an update in round 1, so nothing can be trained: see the reasons above")
-        adapter = state.adapter if mean.count == 0 else self._optimizer.step(state.adapter, mean.mean())
+        adapter = state.adapter if mean.count == 0 else self._moved(state, mean)
         record = self._record(server_round, adapter, self._clock() - started)
         left = (*state.left, *(denial.client for denial in permissions.denied))
         following = Checkpoint(
@@ -170,6 +172,20 @@ class RoundLoop:
         )
         self._write(following)
         return following
+
+    def _moved(self, state: Checkpoint, mean: WeightedMean) -> Arrays:
+        """The next adapter.
+
+        Raises:
+            CloisterError: an update was so large that the adapter is not finite any more; no client would train it.
+        """
+        adapter = self._optimizer.step(state.adapter, mean.mean())
+        if not all(np.isfinite(array).all() for array in adapter.values()):
+            raise CloisterError(
+                f"round {state.server_round + 1}: the adapter overflows float32; lower --server-learning-rate, or leave "
+                "out the client that sends such updates"
+            )
+        return adapter
 
     def _reserve(self, server_round: int, names: tuple[str, ...]) -> Permissions:
         asks = [self._ask(server_round, name) for name in names]
@@ -184,7 +200,7 @@ class RoundLoop:
         envelope = self._terms.client(name).envelope
         if envelope is None:
             return Ask(name, None, attempt)
-        # Past the envelope's end the last event is asked for once more, so that the accountant says no in its own words.
+        # Past the envelope's end the last event is asked for once more: the accountant says no in its own words.
         place = min(self._terms.participation(name, server_round), len(envelope.events) - 1)
         return Ask(name, envelope.events[place], attempt)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from common.config import RunConfig, check_delta, default_delta
 from common.errors import InvalidInput
 from common.messages import Description, Envelope
-from common.privacy import PLDAccountant, SampledGaussian, calibrate_noise_multiplier
+from common.privacy import PLDAccountant, Relation, SampledGaussian, calibrate_noise_multiplier
 from common.signing import digest
 
 
@@ -65,6 +66,7 @@ class RunTerms:
     backbone_hash: str
     initial_hash: str
     public_seed: int
+    server_schedule: str = "constant"
     deadline_s: float = field(default=3600.0)
 
     def client(self, name: str) -> ClientTerms:
@@ -170,6 +172,7 @@ def draw_up(
         backbone_hash=first.backbone_hash,
         initial_hash=first.initial_hash,
         public_seed=config.public_seed,
+        server_schedule=config.server_schedule,
     )
 
 
@@ -187,15 +190,16 @@ def _client_terms(config: RunConfig, description: Description, rounds: int, weig
             f"{description.client}: expected-batch-size {batch:g} is above its {declared} declared records (q > 1); "
             f"at most {declared}, or [clients.{description.client}] expected-batch-size = …"
         )
-    base = {
-        "name": description.client,
-        "dataset": description.dataset,
-        "declared_records": declared,
-        "expected_batch_size": batch,
-        "weight": weight,
-    }
+    terms = partial(
+        ClientTerms,
+        name=description.client,
+        dataset=description.dataset,
+        declared_records=declared,
+        expected_batch_size=batch,
+        weight=weight,
+    )
     if config.no_privacy:
-        return ClientTerms(**base, envelope=None, target_epsilon=None, target_delta=None)
+        return terms(envelope=None, target_epsilon=None, target_delta=None)
     delta = check_delta(
         settings.target_delta or default_delta(declared),
         declared,
@@ -229,10 +233,10 @@ def _client_terms(config: RunConfig, description: Description, rounds: int, weig
                 )
         else:
             target = PLDAccountant(relation=config.relation).compose_all(envelope.events).epsilon(delta)
-    return ClientTerms(**base, envelope=envelope, target_epsilon=target, target_delta=delta)
+    return terms(envelope=envelope, target_epsilon=target, target_delta=delta)
 
 
-def _rounds_that_fit(event: SampledGaussian, rounds: int, epsilon: float, delta: float, relation: str) -> int:
+def _rounds_that_fit(event: SampledGaussian, rounds: int, epsilon: float, delta: float, relation: Relation) -> int:
     """The largest number of rounds, at most ``rounds``, whose certified ε is at most ``epsilon`` (bisection)."""
     low, high = 0, rounds
     while low < high:

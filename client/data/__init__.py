@@ -1,4 +1,4 @@
-"""Records from a file to tokens: reading, splitting into silos, tokenising. Everything here stays in the organisation."""
+"""Records from a file to tokens: reading, splitting into silos, tokenising. All of it stays in the organisation."""
 
 from client.data.rows import ColumnNames, read_rows, rows_by_file
 from client.data.silos import Split, set_aside, split_silos

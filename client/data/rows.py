@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def read_rows(source: str) -> list[Row]:
 
 
 def rows_by_file(source: str) -> dict[str, list[Row]]:
-    """One silo per file of the folder ``source``, named by the file without its ending; empty if it is no such folder."""
+    """One silo per file of the folder ``source``, named by the file without its ending; none if it is no folder."""
     path = Path(source)
     if not path.is_dir():
         return {}
@@ -124,15 +125,15 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    opened = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+    number = 0
     try:
-        with opened as file:
+        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 yield number, line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
-    except (OSError, EOFError) as error:
-        raise InvalidInput(f"{path}: cannot be read ({error})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InvalidInput(f"{path}: cannot be read beyond line {number} ({error})") from error
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -143,6 +144,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InvalidInput(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+            raise InvalidInput(f"{path}, line {number}: not JSON that can be read ({_first_line(error)})") from error
         if not isinstance(row, dict):
             raise InvalidInput(f"{path}, line {number}: a JSON object is needed, this is {type(row).__name__}")
         yield row

@@ -1,6 +1,6 @@
-"""Rows to token ids, with a count of what had to be cut or set aside; the counts are for the organisation only.
+r"""Rows to token ids, with a count of what had to be cut or set aside; the counts are for the organisation only.
 
-A language record is ``<bos> prompt \\n completion <eos>`` and its loss is taken on the completion. A record that is
+A language record is ``<bos> prompt \n completion <eos>`` and its loss is taken on the completion. A record that is
 longer than the context is cut at its end; one that is left without a completion token is set aside here, before
 round 1, so that no record can cause an error after sampling (docs/privacy.md).
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from client.data.rows import (
     COMPLETION_NAMES,
@@ -90,7 +91,7 @@ def prepare_classification(
     examples: list[Example] = []
     truncated = 0
     for number, row in enumerate(rows, start=1):
-        if str(row[label]) not in index:
+        if _class(row, label, number) not in index:
             raise InvalidInput(f"row {number}: class {row[label]!r} is none of {', '.join(classes)}")
         first = _text(row, text, number)
         ids = tokenizer(first, _text(row, "text_b", number))["input_ids"] if pair else tokenizer(first)["input_ids"]
@@ -104,12 +105,12 @@ def prepare_classification(
 def class_names(rows: Sequence[Row], columns: ColumnNames) -> tuple[str, ...]:
     """The classes of ``rows``, sorted: call it on public rows, or on a simulation's, where the names are published."""
     label = column(rows, columns.label, LABEL_NAMES, "class", "--label-column")
-    names = {str(row[label]) for row in rows}
+    names = {_class(row, label, number) for number, row in enumerate(rows, start=1)}
     return tuple(sorted(names, key=lambda name: (len(name), name)))
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt as in training: ``<bos> prompt \\n``."""
+    r"""The ids of a prompt as in training: ``<bos> prompt \n``."""
     return [*_one(tokenizer.bos_token_id), *tokenizer(prompt + SEPARATOR, add_special_tokens=False)["input_ids"]]
 
 
@@ -147,8 +148,11 @@ def _chat(tokenizer: Any, row: Row, number: int) -> tuple[list[int], list[int]]:
     if last is None:
         return [], []
     options = {"tokenize": True, "return_dict": False}
-    before = tokenizer.apply_chat_template(messages[:last], add_generation_prompt=True, **options)
-    whole = tokenizer.apply_chat_template(messages[: last + 1], **options)
+    try:
+        before = tokenizer.apply_chat_template(messages[:last], add_generation_prompt=True, **options)
+        whole = tokenizer.apply_chat_template(messages[: last + 1], **options)
+    except (TemplateError, TypeError, ValueError, LookupError) as error:  # templates raise on turns they do not know
+        raise InvalidInput(f"row {number}: the chat template refuses these messages ({error})") from error
     if whole[: len(before)] != before:
         raise InvalidInput(
             f"row {number}: the chat template rewrites earlier turns; the completion cannot be told apart"
@@ -162,7 +166,15 @@ def _text(row: Row, name: str, number: int) -> str:
         return ""
     if not isinstance(value, str):
         raise InvalidInput(f"row {number}: column {name!r} holds {type(value).__name__}, a text is needed")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise InvalidInput(f"row {number}: column {name!r} holds half a surrogate pair: not a text in any encoding")
     return value
+
+
+def _class(row: Row, label: str, number: int) -> str:
+    if row.get(label) is None:
+        raise InvalidInput(f"row {number}: no class in column {label!r}")
+    return str(row[label])
 
 
 def _one(token: int | None) -> list[int]:
