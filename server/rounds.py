@@ -179,7 +179,7 @@ class RoundLoop:
         Raises:
             CloisterError: an update was so large that the adapter is not finite any more; no client would train it.
         """
-        adapter = self._optimizer.step(state.adapter, mean.mean())
+        adapter = self._optimizer.step(state.adapter, mean.mean(), state.server_round / self._terms.rounds)
         if not all(np.isfinite(array).all() for array in adapter.values()):
             raise CloisterError(
                 f"round {state.server_round + 1}: the adapter overflows float32; lower --server-learning-rate, or leave "
