@@ -1,0 +1,118 @@
+"""The trainer over gRPC, on a Unix socket or the organisation's own network: what the relay speaks to.
+
+Malformed requests get INVALID_ARGUMENT and nothing is written. Nothing that went wrong inside is told outside: a fault
+after the guard's yes is the status ``lost`` or ``unavailable``, whatever it was about.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import grpc
+
+from common.errors import CloisterError, InvalidInput, Unavailable
+from common.messages import Description, Refusal, Reply, Status, StatusCode, TrainRequest
+from common.wire import trainer_pb2_grpc, translate
+
+LARGEST_MESSAGE = 512 * 2**20
+SERVICE = "cloister.v1.Trainer"
+
+
+class Trains(Protocol):
+    """What is served: ``client.trainer.Trainer``."""
+
+    def describe(self) -> Description:
+        """Public facts."""
+
+    def train(self, request: TrainRequest) -> Reply | Refusal | Status:
+        """One round."""
+
+
+class TrainerServicer(trainer_pb2_grpc.TrainerServicer):  # type: ignore[misc]
+    """Translates and hands over; one training at a time is the guard's business."""
+
+    def __init__(self, trainer: Trains) -> None:
+        self._trainer = trainer
+
+    def Describe(self, request: Any, context: Any) -> Any:
+        """See the schema."""
+        return translate.write_description(self._trainer.describe())
+
+    def Train(self, request: Any, context: Any) -> Any:
+        """See the schema; the answer is a reply, a refusal or a status, and never anything else."""
+        try:
+            read = translate.read_train_request(request)
+            answer = self._trainer.train(read)
+        except InvalidInput:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is malformed")
+        except Exception:
+            answer = Status(StatusCode.UNAVAILABLE)
+        return translate.write_train_response(answer)
+
+
+def serve(trainer: Trains, address: str, *, workers: int = 4) -> grpc.Server:
+    """Start answering on ``address`` (``unix:PATH``, or ``host:port`` of a network that only the relay shares).
+
+    Raises:
+        Unavailable: the address cannot be bound.
+    """
+    server = grpc.server(
+        ThreadPoolExecutor(workers, thread_name_prefix="trainer"),
+        options=[
+            ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+            ("grpc.max_send_message_length", LARGEST_MESSAGE),
+            ("grpc.so_reuseport", 0),
+        ],
+    )
+    trainer_pb2_grpc.add_TrainerServicer_to_server(TrainerServicer(trainer), server)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise Unavailable(f"{address}: cannot listen there ({error})") from error
+    server.start()
+    return server
+
+
+class RemoteTrainer:
+    """A trainer behind its service: the same two calls.
+
+    Raises (from both):
+        Unavailable: it cannot be reached in time. InvalidInput: it calls the request malformed.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float = 3600.0) -> None:
+        options = [
+            ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+            ("grpc.max_send_message_length", LARGEST_MESSAGE),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+        ]
+        self._channel = grpc.insecure_channel(address, options)
+        self._stub = trainer_pb2_grpc.TrainerStub(self._channel)
+        self._timeout_s = timeout_s
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def describe(self) -> Description:
+        """Public facts."""
+        from common.wire import trainer_pb2
+
+        return translate.read_description(self._call(self._stub.Describe, trainer_pb2.DescribeRequest()))
+
+    def train(self, request: TrainRequest) -> Reply | Refusal | Status:
+        """One round."""
+        message = self._call(self._stub.Train, translate.write_train_request(request))
+        return translate.read_train_response(message)
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise _fault(error) from error
+
+
+def _fault(error: grpc.RpcError) -> CloisterError:
+    kind = InvalidInput if error.code() is grpc.StatusCode.INVALID_ARGUMENT else Unavailable
+    return kind(f"the trainer: {error.details()} ({error.code().name})")

@@ -1,0 +1,144 @@
+"""Random ``kill -9`` of accountant, coordinator and organisations: afterwards no book says less than the truth.
+
+``CLOISTER_KILLS`` sets how many (20 by default; 200 for a release). Every kill is logged with its time and victim.
+"""
+
+import multiprocessing
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.charge import charge
+from common.ledger import Ledger
+from common.signing import SigningKey
+
+sys.path.insert(0, str(Path(__file__).parent))
+import federation
+
+KILLS = int(os.environ.get("CLOISTER_KILLS", "20"))
+ROUNDS = 25
+
+
+class Killer:
+    """Starts the processes, kills them, starts them again, and counts."""
+
+    def __init__(self, folder, seed, rounds):
+        self.folder, self.random = folder, random.Random(seed)
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["federation"])
+        self.programs = {
+            "accountant": (federation.accountant, (str(folder),)),
+            "coordinator": (federation.coordinator, (str(folder), rounds)),
+            **{name: (federation.organisation, (str(folder), name)) for name in federation.NAMES},
+        }
+        self.processes = {}
+        self.kills = []
+
+    def start(self, name):
+        target, arguments = self.programs[name]
+        process = self.context.Process(target=target, args=arguments, name=name, daemon=True)
+        process.start()
+        self.processes[name] = process
+
+    def is_finished(self):
+        return (self.folder / "finished").exists()
+
+    def run(self, kills, limit_s):
+        """Kill at random moments until ``kills`` are done or the run ends; then let it end."""
+        deadline = time.monotonic() + limit_s
+        for name in self.programs:
+            self.start(name)
+        while not self.is_finished():
+            assert time.monotonic() < deadline, f"the run did not end; kills: {self.kills}"
+            if len(self.kills) < kills:
+                time.sleep(self.random.uniform(0.05, 0.8))
+                self.kill(self.random.choice(list(self.programs)))
+            else:
+                time.sleep(0.05)
+                self.revive()
+        self.stop()
+
+    def kill(self, name):
+        process = self.processes[name]
+        was_alive = process.is_alive()
+        process.kill()
+        process.join()
+        if was_alive:
+            self.kills.append((round(time.monotonic(), 3), name))
+        if not self.is_finished():
+            self.start(name)
+        self.revive()
+
+    def revive(self):
+        """Whoever ended by an error of somebody else's death is started again, as a supervisor would."""
+        for name, process in list(self.processes.items()):
+            if not process.is_alive() and not self.is_finished():
+                self.start(name)
+
+    def stop(self):
+        for process in self.processes.values():
+            process.kill()
+            process.join()
+
+
+def lines(path):
+    return path.read_text().split() if path.exists() else []
+
+
+def check_books(folder, kills):
+    """Every witness agrees: nobody trained twice, both books hold the truth, and little more than it."""
+    from client.journal import Journal
+    from server.accountant import EmbeddedAccountant
+
+    coordinator = SigningKey.load(folder / "keys" / "coordinator").public_key
+    with Ledger(folder / "accountant.sqlite") as ledger:
+        accountant = EmbeddedAccountant(ledger, SigningKey.load(folder / "keys" / "accountant"))
+        assert accountant.open("run") == ()
+        for name in federation.NAMES:
+            truth = lines(folder / f"{name}.witness")
+            assert len(set(truth)) == len(truth), f"{name} trained twice under one reservation"
+            counted = {item.reservation_id: item.event for item in accountant.attested("run", name)}
+            assert set(truth) <= set(counted), f"{name}: the coordinator's book says less than the truth"
+            spent = accountant.spent("run", name).epsilon
+            assert spent >= charge([federation.EVENT] * len(truth), relation="add_remove", delta=1e-5).epsilon
+            assert len(counted) - len(truth) <= len(kills), f"{name}: more than the open round of each kill"
+            with Ledger(folder / f"{name}.sqlite", read_only=True) as own:
+                own.verify(anchor=(folder / f"{name}.head").read_text().strip())
+                journal = Journal(own)
+                journal.catch_up()
+            began = {use.reservation_id for use in journal.began(coordinator, "run", "notes")}
+            assert set(truth) <= began, f"{name}: its own book says less than the truth"
+            assert len(began) - len(truth) <= len(kills)
+            charged, _ = journal.spent("notes", None)
+            assert charged >= spent
+
+
+def run_federation(folder, kills, seed, rounds=ROUNDS):
+    folder.mkdir()
+    federation.make_keys(folder)
+    killer = Killer(folder, seed, rounds)
+    try:
+        killer.run(kills, limit_s=600)
+    finally:
+        killer.stop()
+    assert (folder / "finished").read_text() == str(rounds + 1)
+    check_books(folder, killer.kills)
+    print(f"seed {seed}: killed {killer.kills}")
+    return len(killer.kills)
+
+
+def test_a_federation_with_a_few_kills_ends_with_true_books(tmp_path):
+    assert run_federation(tmp_path / "run", 2, seed=1, rounds=6) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_many_random_kills_never_make_a_book_say_less_than_the_truth(tmp_path):
+    done, seed = 0, 100
+    while done < KILLS:
+        done += run_federation(tmp_path / f"run-{seed}", min(10, KILLS - done), seed)
+        seed += 1
