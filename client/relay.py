@@ -14,6 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.connection import connect_by_address
 from common.messages import Arrays, Description, Refusal, Reply, Status, TrainRequest
 
 
@@ -66,3 +67,7 @@ def _answer(message: Message, kind: str, body: dict[str, object], arrays: Arrays
     if arrays is not None:
         content["update"] = to_record(arrays)
     return Message(content, reply_to=message)
+
+
+app = build_relay(connect_by_address)
+"""What Flower's SuperNode loads in a deployment."""

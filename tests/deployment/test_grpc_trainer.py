@@ -1,0 +1,138 @@
+"""A federation whose trainers are reached over real gRPC sockets, through the apps that a deployment loads."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+
+from client.connection import TrainerOverGrpc, connect_by_address
+from client.guard import Guard
+from client.policy import DatasetPolicy, Policy
+from client.relay import app as relay_app
+from client.service import serve_trainer
+from common.errors import InvalidInput
+from common.messages import Description, Reply, Status, StatusCode, TrainRequest, adapter_hash
+from common.privacy import PLDAccountant
+from common.signing import SigningKey
+from deploy.inprocess_grid import InProcessGrid
+from server.app import app as server_app
+
+INITIAL = {"layer.lora_B": np.zeros((3, 2), dtype=np.float32)}
+BACKBONE = "b" * 64
+
+
+class CountingTrainer:
+    """A trainer without a model: the real guard, and a fixed update, so that the wire and the rules are what is tested."""
+
+    def __init__(self, name: str, guard: Guard) -> None:
+        self.name, self.guard, self.trained = name, guard, 0
+        self.blocked = threading.Event()
+        self.blocked.set()
+
+    def describe(self) -> Description:
+        return Description(
+            self.name, self.name, self.guard.public_key, 1000, BACKBONE,
+            {n: a.shape for n, a in INITIAL.items()}, tuple(INITIAL), adapter_hash(INITIAL),
+        )  # fmt: skip
+
+    def train(self, request: TrainRequest) -> Reply | Status:
+        admission = self.guard.admit(request, shapes={n: a.shape for n, a in INITIAL.items()})
+        if not hasattr(admission, "request"):
+            return getattr(admission, "reply", None) or getattr(admission, "refusal", None) or Status(StatusCode.LOST)
+        self.blocked.wait(20)
+        self.guard.start(request)
+        self.trained += 1
+        return self.guard.finish(request, {"layer.lora_B": np.ones((3, 2), dtype=np.float32)})
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run-id").write_text("abc123\n")
+    (folder / "run.toml").write_text('rounds = 2\nserver-optimizer = "fedavg"\nserver-learning-rate = 1.0\n')
+    np.savez(folder / "initial.npz", **INITIAL)
+    return folder
+
+
+@pytest.fixture
+def trainers(tmp_path: Path, run_folder: Path):
+    coordinator = SigningKey.load_or_create(run_folder / "keys" / "coordinator.key")
+    accountant = SigningKey.load_or_create(run_folder / "keys" / "accountant.key")
+    made, servers = {}, []
+    for name in ("east", "west"):
+        policy = Policy(
+            organisation=name,
+            datasets={name: DatasetPolicy(declared_records=1000, target_epsilon=8.0)},
+            min_noise_multiplier=0.1,
+            max_sample_rate=0.5,
+            max_steps_per_round=1,
+            backbones=(BACKBONE,),
+            coordinator_keys=(coordinator.public_key,),
+            accountant_keys=(accountant.public_key,),
+        )
+        guard = Guard(policy, tmp_path / f"{name}.sqlite", key=SigningKey.generate())
+        made[name] = CountingTrainer(name, guard)
+        servers.append(serve_trainer(made[name], f"unix:{tmp_path}/{name}.sock"))
+    yield made
+    for server in servers:
+        server.stop(0).wait()
+    for trainer in made.values():
+        trainer.guard.close()
+
+
+def grid_of(tmp_path: Path, names: list[str]) -> InProcessGrid:
+    grid = InProcessGrid(relay_app, names)
+    for context, name in zip(grid._contexts.values(), names, strict=True):
+        context.node_config["trainer"] = f"unix:{tmp_path}/{name}.sock"
+    return grid
+
+
+def run(grid: InProcessGrid, folder: Path) -> list[dict]:
+    config = {"run-folder": str(folder), "clients": 2}
+    server_app(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config))
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_trainers_behind_sockets_train_one_adapter(tmp_path, run_folder, trainers):
+    lines = run(grid_of(tmp_path, ["east", "west"]), run_folder)
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    with np.load(run_folder / "adapter.npz") as file:
+        np.testing.assert_array_equal(file["layer.lora_B"], np.full((3, 2), 2.0, dtype=np.float32))
+    for name, trainer in trainers.items():
+        uses = trainer.guard.uses(SigningKey.load(run_folder / "keys" / "coordinator.key").public_key, "abc123")
+        truth = PLDAccountant().compose_all([use.event for use in uses]).epsilon(delta=1e-5)
+        assert lines[-1]["epsilon"][name] == pytest.approx(truth, rel=1e-9)
+        assert trainer.trained == 2
+
+
+def test_the_same_folder_run_again_trains_nothing_more(tmp_path, run_folder, trainers):
+    first = run(grid_of(tmp_path, ["east", "west"]), run_folder)
+    again = run(grid_of(tmp_path, ["east", "west"]), run_folder)
+    assert again == first
+    assert {trainer.trained for trainer in trainers.values()} == {2}
+
+
+def test_a_trainer_that_is_gone_is_a_status_and_not_an_exception(tmp_path):
+    connection = TrainerOverGrpc(f"unix:{tmp_path}/nobody.sock")
+    with pytest.raises(grpc.RpcError):
+        connection.describe()
+    connection.close()
+
+
+def test_a_node_without_a_trainer_address_says_how_to_name_one():
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    with pytest.raises(InvalidInput, match="trainer="):
+        connect_by_address(context)
+
+
+def test_a_run_configuration_without_a_folder_says_so(tmp_path):
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
+    with pytest.raises(InvalidInput, match="run-folder"):
+        server_app(InProcessGrid(relay_app, []), context)
