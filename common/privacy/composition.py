@@ -130,9 +130,11 @@ class Composition:
         """Return whether every step is unsampled: then the composition is exactly one Gaussian."""
         return all(q == 1 for _, q in self.counts)
 
-    def rough_delta(self, epsilon: float) -> float:
-        """Return a δ near δ(``epsilon``), to choose a grid by."""
-        return grids.rough_delta(self._composed_moments(), epsilon)
+    def window_at(self, epsilon: float) -> tuple[Window, float]:
+        """Choose the grid to evaluate δ on, and where: at ``epsilon``, or before it where δ has long vanished."""
+        moments = self._composed_moments()
+        at = min(epsilon, grids.furthest(moments))
+        return self.window(grids.rough_delta(moments, at), reach=at), at
 
     def window(self, delta: float, spacing: float = math.inf, reach: float = 0.0) -> Window:
         """Choose the grid for a query near ``delta``, no coarser than ``spacing`` and resolving losses to ``reach``."""

@@ -37,9 +37,18 @@ def nodes(pair: Pair, noise_multiplier: float, reach: float) -> tuple[Array, Arr
     return pair.log_density(z) + math.log(step), pair.loss(z)
 
 
-def _steps_pair(noise_multiplier: float, sample_rate: float, relation: checks.Relation) -> tuple[Pair, float]:
+def require_noise(noise_multiplier: float) -> None:
+    """Refuse noise so small that its integrals are not resolved.
+
+    Raises:
+        TooLarge: for a noise multiplier below 0.1.
+    """
     if noise_multiplier < _LEAST_NOISE:
         raise TooLarge(f"noise_multiplier must be at least {_LEAST_NOISE:g} for cumulants, got {noise_multiplier!r}")
+
+
+def _steps_pair(noise_multiplier: float, sample_rate: float, relation: checks.Relation) -> tuple[Pair, float]:
+    require_noise(noise_multiplier)
     pair = dominating_pair(noise_multiplier, sample_rate, relation)
     return pair, pair.noise_multiplier if isinstance(pair, AddRemovePair) else noise_multiplier
 

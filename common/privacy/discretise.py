@@ -78,7 +78,7 @@ def discretise(pair: Pair, spacing: float, *, cap: int, width: float) -> LossGri
         width: how many standard deviations of the noise are resolved; mass beyond is at most Φ(−width).
     """
     left, right = pair.reach(width)
-    lowest, highest = np.log1p(pair.excess(np.array([left, right]))) / spacing
+    lowest, highest = pair.loss(np.array([left, right])) / spacing
     low = max(int(np.floor(lowest)), -cap)
     high = max(min(int(np.ceil(highest)), cap), low + 1)
     index = np.arange(low, high + 1)

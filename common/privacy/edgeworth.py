@@ -32,7 +32,7 @@ from scipy.optimize import brentq
 from scipy.special import erfcx, ndtr
 
 from common.privacy import checks
-from common.privacy.cumulants import TILTS, plain_cumulants, tilted_cumulants
+from common.privacy.cumulants import TILTS, plain_cumulants, require_noise, tilted_cumulants
 from common.privacy.events import SampledGaussian, checked
 from common.privacy.finite_sample import expansion_error
 from common.privacy.pairs import Array
@@ -71,15 +71,14 @@ class EdgeworthAccountant:
         relation: ``add_remove``, ``zero_out`` (the same) or ``replace_one``.
     """
 
-    __slots__ = ("_plain", "_tilted", "events", "order", "relation", "tilted")
+    __slots__ = ("_counts", "events", "order", "relation", "tilted")
 
     def __init__(self, order: int = 2, *, tilted: bool = True, relation: checks.Relation = "add_remove") -> None:
         if order not in (1, 2, 3) or isinstance(order, bool):
             raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
         self.order, self.tilted, self.relation = order, bool(tilted), checks.known_relation(relation)
         self.events: tuple[SampledGaussian, ...] = ()
-        self._plain: Array = np.zeros((2, 5))
-        self._tilted: Array = np.zeros((2, 6, len(TILTS)))
+        self._counts: dict[tuple[float, float], int] = {}
 
     def compose(self, *events: SampledGaussian) -> Self:
         """Return an accountant that has also seen ``events``; nothing changes if one of them is refused.
@@ -93,15 +92,18 @@ class EdgeworthAccountant:
         """Return an accountant that has also seen every event of the iterable; see :meth:`compose`."""
         added = checked(events)
         child = type(self)(self.order, tilted=self.tilted, relation=self.relation)
-        child.events, plain, tilted = self.events + added, self._plain, self._tilted
+        child.events, child._counts = self.events + added, dict(self._counts)
         for event in added:
-            key = (event.noise_multiplier, event.sample_rate, self.relation)
-            if self.tilted:
-                tilted = tilted + event.steps * tilted_cumulants(*key)
-            else:
-                plain = plain + event.steps * plain_cumulants(*key)
-        child._plain, child._tilted = plain, tilted
+            key = (event.noise_multiplier, event.sample_rate)
+            require_noise(key[0])
+            child._counts[key] = child._counts.get(key, 0) + event.steps
         return child
+
+    def _sums(self) -> Array:
+        """Return the composed cumulants, added in a fixed order so that regrouping changes nothing."""
+        step = tilted_cumulants if self.tilted else plain_cumulants
+        parts = [steps * step(*key, self.relation) for key, steps in sorted(self._counts.items())]
+        return np.asarray(np.sum(parts, axis=0))
 
     def estimate(self, delta: float) -> EdgeworthEstimate:
         """Return the estimate at ``delta``.
@@ -112,27 +114,25 @@ class EdgeworthAccountant:
         delta = checks.delta_above_floor(delta=delta)
         if not self.events:
             return EdgeworthEstimate(0.0, delta, 0.0, False, None)
-        directions = (0,) if self.relation == "replace_one" else (0, 1)
+        directions, sums = (0,) if self.relation == "replace_one" else (0, 1), self._sums()
         if self.tilted:
-            found = [tilted_root(self._tilted[d], self.order, delta) for d in directions]
+            found = [tilted_root(sums[d], self.order, delta) for d in directions]
             worst = max(found, key=lambda root: root.epsilon)
             sure = worst.regular and all(root.regular or root.ceiling < worst.epsilon for root in found)
             return EdgeworthEstimate(worst.epsilon, delta, worst.skewness, sure, None)
-        epsilon, skewness = max(plain_epsilon(self._plain, d, self.order, delta) for d in directions)
-        return EdgeworthEstimate(epsilon, delta, skewness, False, self._interval(delta))
+        epsilon, skewness = max(plain_epsilon(sums, d, self.order, delta) for d in directions)
+        return EdgeworthEstimate(epsilon, delta, skewness, False, self._interval(sums, delta))
 
-    def _interval(self, delta: float) -> tuple[float, float] | None:
+    def _interval(self, sums: Array, delta: float) -> tuple[float, float] | None:
         """Return the order-1 interval for repeated equal steps, or None where it is wider than 1 or not published."""
-        kinds = {(event.noise_multiplier, event.sample_rate) for event in self.events}
-        if len(kinds) != 1:
+        if len(self._counts) != 1:
             return None
-        ((sigma, q),) = kinds
-        steps = sum(event.steps for event in self.events)
+        (((sigma, q), steps),) = self._counts.items()
         error_p, error_q = expansion_error(sigma, q, steps, self.relation)
         ends = []
         for sign in (-1, 1):
             worst = [
-                _solve(_plain_delta(self._plain, d, 1, sign * error_p, sign * error_q), self._plain, d, delta)
+                _solve(_plain_delta(sums, d, 1, sign * error_p, sign * error_q), sums, d, delta)
                 for d in ((0,) if self.relation == "replace_one" else (0, 1))
             ]
             ends.append(max(worst))

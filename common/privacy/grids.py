@@ -21,6 +21,7 @@ TOLERANCE: Final = 1e-4  # relative error of ε that the spacing aims at
 _RESERVE: Final = math.log(1e7)  # masses set aside (tails, folding) are about 1e-7 of δ
 _FEWEST: Final = 2**11  # points of a transform that cost next to nothing
 _MOST: Final = 2**22
+FAINTEST: Final = 1e-18  # a δ below this is answered by this one's ε
 _MOST_WORK: Final = 2**25  # points of all distinct transforms together: about 10 s and 2 GiB at the peak
 _COARSEST: Final = 0.02  # a predicted relative error of ε above this is refused
 _CONVERSION: Final[Array] = LADDER * np.log(LADDER / (LADDER + 1)) - np.log1p(LADDER)
@@ -70,7 +71,12 @@ class Window:
 def rough_delta(moments: Array, epsilon: float) -> float:
     """Return a δ near δ(``epsilon``), from Rényi orders, to choose a grid by."""
     log_delta = float(np.min(moments + _CONVERSION - LADDER * epsilon, axis=1).max())
-    return math.exp(min(max(log_delta, math.log(1e-18)), math.log(0.5)))
+    return math.exp(min(max(log_delta, math.log(FAINTEST)), math.log(0.5)))
+
+
+def furthest(moments: Array) -> float:
+    """Return an ε near which δ has fallen to :data:`FAINTEST`: no need to look beyond."""
+    return max(0.0, float(np.min((moments + _CONVERSION - math.log(FAINTEST)) / LADDER, axis=1).max()))
 
 
 def choose(
@@ -97,7 +103,7 @@ def choose(
     top = max(float(highest.min()), 1.1 * reach)
     target = max(float(targets.max()), top / 100)
     tilt, length = zip(
-        *(_tilt(k, log_inverse, max(float(e), 0.0)) for k, e in zip(moments, targets, strict=True)), strict=True
+        *(_tilt(k, log_inverse, max(float(e), 0.0), steps) for k, e in zip(moments, targets, strict=True)), strict=True
     )
     cost = (float(saddle[np.argmax(targets)]) + 1) * steps / 12  # ε grows by about cost * h²
     window = max(top, 1.2 * target, *length)
@@ -124,18 +130,20 @@ def _round(value: float, *, up: bool) -> float:
     return min(c for c in candidates if c >= value) if up else max(c for c in candidates if c <= value)
 
 
-def _tilt(moments: Array, log_inverse: float, epsilon: float) -> tuple[float, float]:
+def _tilt(moments: Array, log_inverse: float, epsilon: float, steps: int) -> tuple[float, float]:
     """Return the tilt θ that needs the shortest window in one direction, and that window's length in nats.
 
     Folding moves mass down by N h, where it weighs e^(θ N h) times as much, and up, where it weighs e^(−θ N h) times as
-    much. Both stay below 1e-7 of δ when N h is at least the length returned. Tilts far from the saddle would let
-    the transform's floating error grow by more than e^10, and are left out.
+    much. Both stay below 1e-7 of δ when N h is at least the length returned. Far from the saddle the transform's
+    floating error, about 3e-14 per step, would weigh e^looseness times as much against δ; tilts at which that exceeds
+    1e-4 are left out, if any remain.
     """
-    looseness = moments - LADDER * epsilon
+    looseness = moments - LADDER * epsilon + log_inverse
+    allowed = max(float(looseness.min()) + 4, math.log(1e-4) - math.log(3e-14 * steps))
     down = (moments[None, :] - LADDER[:, None] * epsilon / 2 + log_inverse + _RESERVE) / _GAP
     down = np.min(down, axis=1, where=~np.isnan(_GAP), initial=math.inf)
     length = np.maximum(down, (log_inverse + _RESERVE) / LADDER)
-    length[looseness > looseness.min() + 10] = math.inf
+    length[looseness > allowed] = math.inf
     length[1::2] = math.inf
     best = int(np.argmin(length))
     return float(LADDER[best]), float(length[best])

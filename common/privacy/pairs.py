@@ -39,6 +39,8 @@ _ROOT = math.sqrt(2 * math.pi)
 
 def _log_mixture(q: float, exponent: Array) -> Array:
     """Return log(1 − q + q e^exponent), by log1p where the exponent is moderate, without overflow where it is not."""
+    if q == 1:
+        return np.asarray(exponent)
     moderate = np.log1p(q * np.expm1(np.minimum(exponent, 30.0)))
     large = exponent + math.log(q) + np.log1p((1 - q) / q * np.exp(-np.maximum(exponent, 30.0)))
     return np.asarray(np.where(exponent < 30, moderate, large))

@@ -136,8 +136,8 @@ class PLDAccountant:
     def _delta(self, epsilon: float) -> float:
         if self._composition.only_gaussian():
             return gdp.gdp_delta(self._composition.gaussian_mu(), epsilon)
-        window = self._composition.window(self._composition.rough_delta(epsilon), reach=epsilon)
-        return min(1.0, Profile(self._composition.product(window.grid), window).delta(epsilon))
+        window, at = self._composition.window_at(epsilon)
+        return min(1.0, Profile(self._composition.product(window.grid), window).delta(at))
 
     def _epsilon_lower(self, delta: float) -> float:
         if self._composition.only_gaussian():

@@ -35,6 +35,7 @@ from common.privacy.grids import Window
 from common.privacy.pairs import Array
 
 _LOWER_SHARE: Final = 1e-3  # η over δ
+_NEAR: Final = 600.0
 _LARGEST: Final = 650.0  # exponents are cut here: e^650 as a δ means "no bound" as well as e^6500 does
 
 
@@ -71,8 +72,12 @@ class _Direction:
         self._slack = product.slack + 1e-12 * (1 + abs(self._log_norm) + abs(self._log_tail) + self._tilt)
         folded = fft.irfft(product.values[d], grid.size)
         self._loss: Array = np.arange(grid.size, dtype=np.float64) * grid.spacing
+        # e^ε is written e^(ε − r) e^r, with r where e^(K − θr) = 1; far from r it would leave the doubles and is cut.
+        self._reference = max(0.0, self._log_norm / self._tilt)
+        self._growth = np.exp(np.clip(self._loss - self._reference, -_LARGEST, _LARGEST))
+        self._far = self._loss - self._reference  # beyond ±600 nothing is read off the cut values
         mass = folded * self._tilted_back(self._loss)
-        self._above, self._discounted = _sums_above(mass), _sums_above(mass * np.exp(-np.minimum(self._loss, 700)))
+        self._above, self._discounted = _sums_above(mass), _sums_above(mass / self._growth)
         self._error = self._transform_error(folded) * self._tilted_back(self._loss)
         self._error += 4 * grid.size * ULP * _sums_above(np.abs(mass))
         chernoff = self._log_tail - grid.order * grid.size * grid.spacing + self._slack
@@ -95,9 +100,9 @@ class _Direction:
 
     def _deltas(self) -> Array:
         """Return an upper bound on δ at every grid loss taken as ε."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            finite = self._above - np.exp(self._loss) * self._discounted
-            return np.asarray(self._always + (np.maximum(finite, 0) + self._error) * (1 + 2 * self._slack))
+        finite = self._above - self._growth * self._discounted
+        finite = np.where(self._far > _NEAR, self._above, np.where(self._far < -_NEAR, 1.0, finite))
+        return np.asarray(self._always + (np.maximum(finite, 0) + self._error) * (1 + 2 * self._slack))
 
     def epsilon(self, delta: float) -> float:
         unmet = ~(self._deltas()[: self._usable()] <= delta)
@@ -106,10 +111,12 @@ class _Direction:
         if not unmet.any():
             return 0.0
         last = int(np.flatnonzero(unmet)[-1])  # δ(ε) is met between this grid loss and the next
+        if self._discounted[last] <= 0:
+            return float(self._loss[last + 1])
         room = (delta - self._always) / (1 + 2 * self._slack) - self._error[last]
         ratio = (self._above[last] - room) / self._discounted[last]
         # Between grid losses δ(ε) = above − e^ε discounted; the grid loss itself is met, so the root lies below it.
-        root = math.log(ratio) * (1 + 1e-13) + 1e-15 if ratio > 0 else 0.0
+        root = (self._reference + math.log(ratio)) * (1 + 1e-13) + 1e-15 if ratio > 0 else 0.0
         return min(max(0.0, root, float(self._loss[last])), float(self._loss[last + 1]))
 
     def _usable(self) -> int:
@@ -118,13 +125,16 @@ class _Direction:
 
     def steepness(self, epsilon: float, delta: float) -> float:
         below = min(int(epsilon / self._grid.spacing), self._grid.size - 1)
-        return float(math.exp(min(epsilon, 700.0)) * self._discounted[below] / delta)
+        return float(self._growth[below] * self._discounted[below] / delta)
 
     def delta(self, epsilon: float) -> float:
         below = int(epsilon / self._grid.spacing)
         if below >= self._usable() - 1:
             return 1.0
-        finite = max(0.0, float(self._above[below] - math.exp(epsilon) * self._discounted[below]))
+        if self._far[below] < -_NEAR:
+            return 1.0
+        growth = math.exp(epsilon - self._reference) if self._far[below] < _NEAR else 0.0
+        finite = max(0.0, float(self._above[below] - growth * self._discounted[below]))
         return self._always + (finite * (1 + 1e-12) + float(self._error[below])) * (1 + 2 * self._slack)
 
     def epsilon_lower(self, delta: float) -> float:
@@ -135,7 +145,8 @@ class _Direction:
         if down > 0.5:
             return 0.0  # the Chernoff order does not bound what was folded down
         chernoff = np.exp(np.minimum(self._log_tail - grid.order * self._loss + self._slack, 0.0))
-        finite = self._above - np.exp(np.minimum(self._loss, 700)) * self._discounted - self._error
+        finite = self._above - self._growth * self._discounted - self._error
+        finite[np.abs(self._far) > _NEAR] = 0.0
         shown = finite * (1 - 2 * self._slack) - 2 * (up + chernoff * down) - self._moved
         enough = np.flatnonzero(shown[: self._usable()] >= delta * (1 + _LOWER_SHARE))
         if not len(enough):
