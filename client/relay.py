@@ -14,8 +14,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.connection import connect_by_address
-from common.messages import Arrays, Description, Refusal, Reply, Status, TrainRequest
+from client.trainer_service import RemoteTrainer
+from common.errors import CloisterError, InvalidInput
+from common.messages import Arrays, Description, Refusal, Reply, Status, StatusCode, TrainRequest
 
 
 class TrainerConnection(Protocol):
@@ -41,7 +42,7 @@ def build_relay(connect: Callable[[Context], TrainerConnection]) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         header = json.loads(str(message.content.config_records["request"]["json"]))
         request = TrainRequest.from_json(header, to_arrays(message.content.array_records["adapter"]))
-        answer = connect(context).train(request)
+        answer = _ask(connect(context), request)
         if isinstance(answer, Reply):
             reply = {"reservation_id": answer.reservation_id, "ledger_head": answer.ledger_head}
             return _answer(message, "reply", reply, answer.update)
@@ -67,6 +68,26 @@ def _answer(message: Message, kind: str, body: dict[str, object], arrays: Arrays
     if arrays is not None:
         content["update"] = to_record(arrays)
     return Message(content, reply_to=message)
+
+
+def _ask(trainer: TrainerConnection, request: TrainRequest) -> Reply | Refusal | Status:
+    """The trainer's answer; a trainer that cannot be reached is one word, because an error's text would leave too."""
+    try:
+        return trainer.train(request)
+    except CloisterError:
+        return Status(StatusCode.UNAVAILABLE)
+
+
+def connect_by_address(context: Context) -> RemoteTrainer:
+    """The trainer named in the node's configuration: ``--node-config "trainer='unix:/run/cloister/trainer.sock'"``.
+
+    Raises:
+        InvalidInput: the node's configuration names none.
+    """
+    address = context.node_config.get("trainer")
+    if not address:
+        raise InvalidInput("this node names no trainer: start it with --node-config \"trainer='unix:/path/to/socket'\"")
+    return RemoteTrainer(str(address))
 
 
 app = build_relay(connect_by_address)

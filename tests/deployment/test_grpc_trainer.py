@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
-from client.connection import TrainerOverGrpc, connect_by_address
 from client.guard import Guard
 from client.policy import DatasetPolicy, Policy
 from client.relay import app as relay_app
-from client.service import serve_trainer
-from common.errors import InvalidInput
+from client.relay import connect_by_address
+from client.trainer_service import serve as serve_trainer
+from common.errors import InvalidInput, Unavailable
 from common.messages import Description, Reply, Status, StatusCode, TrainRequest, adapter_hash
 from common.privacy import PLDAccountant
 from common.signing import SigningKey
@@ -28,12 +26,10 @@ BACKBONE = "b" * 64
 
 
 class CountingTrainer:
-    """A trainer without a model: the real guard, and a fixed update, so that the wire and the rules are what is tested."""
+    """A trainer without a model: the real guard and a fixed update, so that the wire and the rules are tested."""
 
     def __init__(self, name: str, guard: Guard) -> None:
         self.name, self.guard, self.trained = name, guard, 0
-        self.blocked = threading.Event()
-        self.blocked.set()
 
     def describe(self) -> Description:
         return Description(
@@ -45,7 +41,6 @@ class CountingTrainer:
         admission = self.guard.admit(request, shapes={n: a.shape for n, a in INITIAL.items()})
         if not hasattr(admission, "request"):
             return getattr(admission, "reply", None) or getattr(admission, "refusal", None) or Status(StatusCode.LOST)
-        self.blocked.wait(20)
         self.guard.start(request)
         self.trained += 1
         return self.guard.finish(request, {"layer.lora_B": np.ones((3, 2), dtype=np.float32)})
@@ -119,11 +114,15 @@ def test_the_same_folder_run_again_trains_nothing_more(tmp_path, run_folder, tra
     assert {trainer.trained for trainer in trainers.values()} == {2}
 
 
-def test_a_trainer_that_is_gone_is_a_status_and_not_an_exception(tmp_path):
-    connection = TrainerOverGrpc(f"unix:{tmp_path}/nobody.sock")
-    with pytest.raises(grpc.RpcError):
-        connection.describe()
-    connection.close()
+def test_a_trainer_that_is_gone_costs_the_round_and_says_one_word(tmp_path, run_folder, trainers):
+    grid = grid_of(tmp_path, ["east", "west"])
+    answers = []
+    trainers["west"].train = lambda request: answers.append(1) or (_ for _ in ()).throw(Unavailable("gone: record 17"))
+    lines = run(grid, run_folder)
+    assert answers
+    assert lines[-1]["epsilon"]["west"] == pytest.approx(lines[-1]["epsilon"]["east"])
+    with np.load(run_folder / "adapter.npz") as file:
+        np.testing.assert_array_equal(file["layer.lora_B"], np.full((3, 2), 2.0, dtype=np.float32))
 
 
 def test_a_node_without_a_trainer_address_says_how_to_name_one():
