@@ -182,8 +182,8 @@ class RoundLoop:
         adapter = self._optimizer.step(state.adapter, mean.mean(), state.server_round / self._terms.rounds)
         if not all(np.isfinite(array).all() for array in adapter.values()):
             raise CloisterError(
-                f"round {state.server_round + 1}: the adapter overflows float32; lower --server-learning-rate, or leave "
-                "out the client that sends such updates"
+                f"round {state.server_round + 1}: the adapter overflows float32; lower --server-learning-rate, or "
+                "leave out the client that sends such updates"
             )
         return adapter
 
