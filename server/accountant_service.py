@@ -91,6 +91,12 @@ class AccountantServicer(accountant_pb2_grpc.AccountantServicer):  # type: ignor
         with self._answering(context, COORDINATOR):
             return translate.write_open(self._accountant.open(_text(request.run_id)))
 
+    def Reconcile(self, request: Any, context: Any) -> Any:  # noqa: D102
+        with self._answering(context, COORDINATOR):
+            signed = translate.read_history(request)
+            found = self._accountant.reconcile(signed, public_key=request.public_key, coordinator=request.coordinator)
+            return accountant_pb2.ReconcileResponse(imported=found.imported, revived=found.revived)
+
     def Budget(self, request: Any, context: Any) -> Any:  # noqa: D102
         with self._answering(context, COORDINATOR, AUDITOR, CLIENT) as caller:
             run_id, client = _text(request.run_id), _text(request.client)

@@ -11,9 +11,10 @@ from typing import Any, Self
 
 import grpc
 
-from common.accounts import Answer, Ask, OpenReservation, Outcome, Registration, Spent
+from common.accounts import Answer, Ask, OpenReservation, Outcome, Reconciled, Registration, Spent
 from common.certificate import Attested
 from common.errors import InvalidInput, Refused
+from common.history import SignedHistory
 from common.ledger import Row
 from common.messages import Refusal
 from common.signing import verify
@@ -89,6 +90,11 @@ class RemoteAccountant:
         message = None if refusal is None else translate.write_refusal(refusal)
         request = accountant_pb2.VoidRequest(run_id=run_id, reservation_id=reservation_id, refusal=message)
         self._call(self._stub.Void, request)
+
+    def reconcile(self, signed: SignedHistory, *, public_key: str, coordinator: str) -> Reconciled:  # noqa: D102
+        request = translate.write_history(signed, public_key=public_key, coordinator=coordinator)
+        found = self._call(self._stub.Reconcile, request)
+        return Reconciled(tuple(found.imported), tuple(found.revived))
 
     def open(self, run_id: str) -> tuple[OpenReservation, ...]:  # noqa: D102
         return translate.read_open(self._call(self._stub.Open, accountant_pb2.OpenRequest(run_id=run_id)))

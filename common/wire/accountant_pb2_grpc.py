@@ -64,6 +64,11 @@ class AccountantStub:
                 request_serializer=cloister_dot_v1_dot_accountant__pb2.OpenRequest.SerializeToString,
                 response_deserializer=cloister_dot_v1_dot_accountant__pb2.OpenResponse.FromString,
                 _registered_method=True)
+        self.Reconcile = channel.unary_unary(
+                '/cloister.v1.Accountant/Reconcile',
+                request_serializer=cloister_dot_v1_dot_accountant__pb2.ReconcileRequest.SerializeToString,
+                response_deserializer=cloister_dot_v1_dot_accountant__pb2.ReconcileResponse.FromString,
+                _registered_method=True)
         self.Budget = channel.unary_unary(
                 '/cloister.v1.Accountant/Budget',
                 request_serializer=cloister_dot_v1_dot_accountant__pb2.BudgetRequest.SerializeToString,
@@ -131,6 +136,13 @@ class AccountantServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reconcile(self, request, context):
+        """Coordinator: take over what a client's signed list holds and the book does not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Budget(self, request, context):
         """Coordinator, auditor; a client for itself: what one client has spent in one run.
         """
@@ -191,6 +203,11 @@ def add_AccountantServicer_to_server(servicer, server):
                     servicer.Open,
                     request_deserializer=cloister_dot_v1_dot_accountant__pb2.OpenRequest.FromString,
                     response_serializer=cloister_dot_v1_dot_accountant__pb2.OpenResponse.SerializeToString,
+            ),
+            'Reconcile': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reconcile,
+                    request_deserializer=cloister_dot_v1_dot_accountant__pb2.ReconcileRequest.FromString,
+                    response_serializer=cloister_dot_v1_dot_accountant__pb2.ReconcileResponse.SerializeToString,
             ),
             'Budget': grpc.unary_unary_rpc_method_handler(
                     servicer.Budget,
@@ -375,6 +392,33 @@ class Accountant:
             '/cloister.v1.Accountant/Open',
             cloister_dot_v1_dot_accountant__pb2.OpenRequest.SerializeToString,
             cloister_dot_v1_dot_accountant__pb2.OpenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reconcile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.v1.Accountant/Reconcile',
+            cloister_dot_v1_dot_accountant__pb2.ReconcileRequest.SerializeToString,
+            cloister_dot_v1_dot_accountant__pb2.ReconcileResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,6 +7,7 @@ is for accountant and guard to say.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from itertools import groupby
@@ -17,6 +18,7 @@ import numpy as np
 from common.accounts import Answer, Ask, Budget, Denial, OpenReservation, Outcome, Registration, Spent
 from common.certificate import Attested
 from common.errors import InvalidInput
+from common.history import ClientHistory, SignedHistory
 from common.ledger import Entry, Row
 from common.messages import (
     Arrays,
@@ -33,6 +35,7 @@ from common.messages import (
     TrainRequest,
 )
 from common.privacy import SampledGaussian
+from common.signing import canonical
 from common.wire import accountant_pb2, messages_pb2, trainer_pb2
 
 LONGEST_ENVELOPE = 100_000
@@ -51,7 +54,7 @@ def _strict(read: Callable[P, T]) -> Callable[P, T]:
             return read(*args, **kwargs)
         except InvalidInput:
             raise
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InvalidInput(f"malformed message: {error}") from error
 
     return reading
@@ -284,6 +287,26 @@ def write_outcomes(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
 def read_outcomes(outcomes: Mapping[str, int]) -> dict[str, Outcome]:
     """The inverse of ``write_outcomes``."""
     return {reservation_id: _known(_OUTCOMES, number, "outcome") for reservation_id, number in outcomes.items()}
+
+
+def write_history(signed: SignedHistory, *, public_key: str, coordinator: str) -> accountant_pb2.ReconcileRequest:
+    """A client's signed list, as the bytes that were signed."""
+    return accountant_pb2.ReconcileRequest(
+        history=canonical(signed.history.to_json()).decode(),
+        signature=signed.signature,
+        public_key=public_key,
+        coordinator=coordinator,
+    )
+
+
+@_strict
+def read_history(message: accountant_pb2.ReconcileRequest) -> SignedHistory:
+    """The inverse of ``write_history``; the signature is not checked here."""
+    _named(public_key=message.public_key, coordinator=message.coordinator)
+    value = json.loads(message.history)
+    if not isinstance(value, dict):
+        raise InvalidInput("a history is a JSON object")
+    return SignedHistory(ClientHistory.from_json(value), message.signature)
 
 
 def write_open(found: Iterable[OpenReservation]) -> accountant_pb2.OpenResponse:

@@ -21,6 +21,7 @@ events = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(events, st.randoms())
 def test_merging_keeps_every_step_and_forgets_the_order(listed, random):
     shuffled = list(listed)

@@ -18,6 +18,7 @@ METHODS = {
     "Commit": accountant_pb2.CommitRequest,
     "Void": accountant_pb2.VoidRequest,
     "Open": accountant_pb2.OpenRequest,
+    "Reconcile": accountant_pb2.ReconcileRequest,
     "Budget": accountant_pb2.BudgetRequest,
 }
 EXPECTED = {

@@ -16,6 +16,8 @@ from common.messages import Envelope, Plan, TrainRequest, adapter_hash
 from common.privacy import SampledGaussian
 from common.signing import SigningKey
 from server.accountant import Ask, Budget, EmbeddedAccountant, Outcome, Registration
+from server.accountant_service import serve
+from server.remote_accountant import RemoteAccountant
 
 EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=100)
 ADAPTER = {"a": np.zeros((2, 2), np.float32)}
@@ -43,20 +45,26 @@ class World:
 
     def open(self):
         self.ledger = Ledger(self.folder / "server.sqlite")
-        self.accountant = EmbeddedAccountant(self.ledger, self.key)
+        self.server, address = serve(EmbeddedAccountant(self.ledger, self.key), "127.0.0.1:0", tls=None)
+        self.accountant = RemoteAccountant(address, timeout_s=30)
+
+    def stop(self):
+        self.accountant.close()
+        self.server.stop(None).wait()
+        self.ledger.close()
 
     def backup(self):
-        self.ledger.close()
+        self.stop()
         shutil.copy(self.folder / "server.sqlite", self.folder / "backup.sqlite")
         self.open()
 
     def restore(self):
-        self.ledger.close()
+        self.stop()
         shutil.copy(self.folder / "backup.sqlite", self.folder / "server.sqlite")
         self.open()
 
     def close(self):
-        self.ledger.close()
+        self.stop()
         self.guard.close()
 
     def register(self):

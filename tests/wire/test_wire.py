@@ -68,6 +68,7 @@ counts = st.integers(1, 2**31)
 envelopes = st.lists(st.one_of(events, st.just(EVENT)), max_size=6).map(lambda listed: Envelope(tuple(listed)))
 
 
+@settings(deadline=None)
 @given(texts, texts, counts, counts, st.none() | events)
 def test_reservations_keep_every_bit_so_that_signatures_hold(run_id, client, server_round, attempt, event):
     reservation = Reservation("00ff", run_id, server_round, client, "notes", attempt, event)
@@ -75,6 +76,7 @@ def test_reservations_keep_every_bit_so_that_signatures_hold(run_id, client, ser
     assert translate.read_signed(over_the_wire(translate.write_signed(signed))) == signed
 
 
+@settings(deadline=None)
 @given(envelopes, st.none() | events, texts, st.floats(0, 1e6), st.floats(0, 1e3))
 def test_requests_keep_every_bit_so_that_signatures_hold(envelope, event, optimizer, clipping_norm, learning_rate):
     adapter = {"b": np.array([[1.5, -0.0]], np.float32), "a": np.array(3.0, np.float32)}
