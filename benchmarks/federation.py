@@ -35,7 +35,9 @@ MEDQUAD_SILOS = "CDC,CancerGov,MPlus_Health_Topics,NHLBI,NIDDK,NINDS,SeniorHealt
 def data_folder() -> Path:
     folder = Path(os.environ.get("CLOISTER_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
-        sys.exit(f"no data in {folder}: set CLOISTER_DATA to the folder with medquad_by_institution.jsonl.gz and sst2_*")
+        sys.exit(
+            f"no data in {folder}: set CLOISTER_DATA to the folder with medquad_by_institution.jsonl.gz and sst2_*"
+        )
     return folder
 
 
@@ -89,7 +91,9 @@ def run(task: str, epsilon: str, seed: int, extra: list[str]) -> dict[str, objec
         "rounds": result["rounds"],
         "cpu_seconds": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used),
         "wall_seconds": round(time.monotonic() - began),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "options": [item.replace(str(ROOT.parent), "..") for item in arguments if "site-packages" not in item],
     }
@@ -98,6 +102,11 @@ def run(task: str, epsilon: str, seed: int, extra: list[str]) -> dict[str, objec
         file.write(json.dumps(line) + "\n")
     print(json.dumps({k: line[k] for k in ("task", "epsilon", "seed", "score", "loss", "cpu_seconds")}), flush=True)
     return line
+
+
+def commit() -> str:
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def spread(values: list[float]) -> str:
@@ -112,8 +121,11 @@ def table(lines: Iterable[dict[str, object]]) -> str:
             continue
         epsilon = "none" if line["epsilon"] is None else f"{line['epsilon']:g}"
         groups.setdefault((str(line["task"]), epsilon), []).append(line)
-    rows = ["| task | ε | seeds | score before | score after | loss before | loss after | CPU-min |", "|---|---|---|---|---|---|---|---|"]
-    for (task, epsilon), found in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] == "none", item[0][1])):
+    rows = [
+        "| task | ε | seeds | score before | score after | loss before | loss after | CPU-min |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (task, epsilon), found in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] == "none", item[0])):
         latest = list({line["seed"]: line for line in found}.values())
         cells = [
             spread([float(line[name]) for line in latest])  # type: ignore[arg-type]

@@ -20,6 +20,9 @@ from client.pooling import average_tokens, mean_pooling_modules
 from common.errors import InvalidInput
 from common.messages import Arrays
 
+ALL_LINEAR = ("all-linear",)
+"""Every linear layer but the output head: what peft calls ``all-linear``."""
+
 USUAL_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("query_key_value",))
 """Attention's query and value under the names that model families give them; the first pair that exists is taken."""
 
@@ -32,20 +35,24 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def choose_targets(model: torch.nn.Module, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """The modules to adapt: the asked ones (``all-linear`` is allowed), or the attention's query and value.
+def choose_targets(
+    model: torch.nn.Module, asked: Sequence[str] | None, task: str = "classification"
+) -> tuple[str, ...]:
+    """The modules to adapt: the asked ones, or every linear layer (causal-lm), or the attention's query and value.
 
     Raises:
         InvalidInput: one does not exist in this model; the message names those that could be meant.
     """
     present = linear_names(model)
+    if asked is None and task == "causal-lm":
+        return ALL_LINEAR
     if asked is None:
         for names in USUAL_TARGETS:
             if all(name in present for name in names):
                 return names
         raise InvalidInput(f"no usual attention module in this model: name --target-modules, of {', '.join(present)}")
-    if tuple(asked) == ("all-linear",):
-        return tuple(asked)
+    if tuple(asked) == ALL_LINEAR:
+        return ALL_LINEAR
     full = [name for name, _ in model.named_modules()]
     for name in asked:
         if name not in present and not any(path == name or path.endswith("." + name) for path in full):
@@ -72,7 +79,7 @@ def attach(
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    targets = choose_targets(model, target_modules)
+    targets = choose_targets(model, target_modules, task)
     constant = mean_pooling_modules(model) if pooling == "mean" else ()
     if constant:
         average_tokens(model)
@@ -81,7 +88,7 @@ def attach(
         r=rank,
         lora_alpha=lora_alpha,
         lora_dropout=0.0,
-        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        target_modules="all-linear" if targets == ALL_LINEAR else list(targets),
         exclude_modules=rf".*{re.escape(constant[0])}\..*" if constant else None,
         modules_to_save=list(constant) or None,
     )

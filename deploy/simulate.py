@@ -56,6 +56,14 @@ NOT_COMPARED = frozenset({"resume", "output", "threads", "backend", "micro_batch
 """Settings that may differ when a run is resumed: they change speed, not what is computed."""
 
 
+DEMO_PRESET: Mapping[str, Any] = {
+    "rounds": 24,
+    "expected_batch_size": 64.0,
+    "server_learning_rate": 0.08,
+    "max_length": 96,
+}
+
+
 class Watcher(Listener):
     """Hears everything a simulation does; the terminal is one."""
 
@@ -229,12 +237,20 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def with_demo_preset(config: RunConfig) -> RunConfig:
+    """The settings found for the embedded demo, where nothing else was asked for; they suit no other model."""
+    if (config.data, config.model) != ("demo", "demo"):
+        return config
+    asked = config.model_fields_set
+    return config.model_copy(update={name: value for name, value in DEMO_PRESET.items() if name not in asked})
+
+
 def _settle(config: RunConfig) -> tuple[RunConfig, str, Path]:
     """The settings, run id and folder to use: new ones, or those of the run that is resumed."""
     if not config.resume:
         output = Path(config.output) if config.output else next_output()
         _check_free(output)
-        return config, secrets.token_hex(8), output
+        return with_demo_preset(config), secrets.token_hex(8), output
     if config.output is None:
         raise InvalidInput("--resume needs --output: the folder of the run that is to go on")
     output = Path(config.output)

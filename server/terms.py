@@ -177,8 +177,8 @@ def draw_up(
 
 
 def default_batch_size(declared_records: int) -> float:
-    """Expected records per step if none is asked for: a sixteenth of the declared records, at least 1, at most 256."""
-    return float(min(256, max(1, declared_records // 16)))
+    """Expected records per step if none is asked for: a sixteenth of the declared records, at least 1, at most 64."""
+    return float(min(64, max(1, declared_records // 16)))
 
 
 def _client_terms(config: RunConfig, description: Description, rounds: int, weight: float) -> ClientTerms:
