@@ -71,12 +71,12 @@ class Case:
     peers: bool = True
 
 
-SMALL = Case("h256-qv", 256, 688, 4, 4, 4, 8192, 16, 128, 8, QUERY_VALUE)
+SMALL = Case("h256-qv", 256, 688, 2, 4, 4, 2048, 16, 128, 8, QUERY_VALUE)
 WIDE = replace(SMALL, name="h512-qv", hidden=512, inner=1376, heads=8, kv_heads=8, batch=8, length=256)
 CPU_CASES = (
     SMALL,
     replace(SMALL, name="h256-all", targets=ALL_LINEAR),
-    replace(SMALL, name="h256-completion", labels=0.25, full_stock=True, peers=False),
+    replace(SMALL, name="h256-completion", vocab=8192, labels=0.25, full_stock=True, peers=False),
     WIDE,
     replace(WIDE, name="h512-all", targets=ALL_LINEAR),
 )

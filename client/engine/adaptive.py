@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import exp
 
 from common.errors import InvalidInput
+from common.privacy.clipping import sum_noise_multiplier
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,10 @@ class AdaptiveClipping:
         Raises:
             InvalidInput: z ≥ 2σ_b: the count alone would cost more than the whole step may.
         """
-        if not 0.0 < noise_multiplier < 2.0 * self.count_noise:
-            raise InvalidInput(
-                f"noise_multiplier {noise_multiplier} must be > 0 and below 2 * count_noise = {2.0 * self.count_noise}"
-            )
-        return float((noise_multiplier**-2 - (2.0 * self.count_noise) ** -2) ** -0.5)
+        try:
+            return sum_noise_multiplier(noise_multiplier, count_noise_std=self.count_noise)
+        except ValueError as error:
+            raise InvalidInput(str(error)) from error
 
     def next(self, clipping_norm: float, unclipped_fraction: float) -> float:
         """The next step's C from the noised fraction b̃ of unclipped records; b̃ outside [0, 1] is used as it is."""

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from client.engine.layout import BLOCK, Layout
 from common.errors import InvalidInput
+from common.privacy.allocation import MAX_CONDITION, cheapest_noise_stds
 
 MARGIN = {torch.float32: 1.0 - 2.0**-20, torch.float64: 1.0 - 2.0**-45}
 """Thresholds are lowered by one part in a million: more than the norm's and the product's rounding."""
-
-WORST_CONDITION = 1e3
-"""Largest ratio between two scales of a shaping."""
 
 
 class Rule(Protocol):
@@ -74,9 +72,9 @@ class ShapedClipping:
         values = np.array(list(self.scales.values()), dtype=np.float64)
         if not values.size or not (np.isfinite(values).all() and (values > 0).all()):
             raise InvalidInput("every scale of a shaping must be > 0 and finite")
-        if values.max() / values.min() > WORST_CONDITION:
+        if values.max() / values.min() > MAX_CONDITION:
             raise InvalidInput(
-                f"the scales of a shaping span {values.max() / values.min():.3g}, at most 1e3 is allowed"
+                f"the scales of a shaping span {values.max() / values.min():.3g}, at most {MAX_CONDITION:g} is allowed"
             )
 
     def add(self, rows: Tensor, layout: Layout, total: Tensor) -> Tensor:
@@ -133,6 +131,18 @@ class GroupClipping:
         _same_names([name for names in groups.values() for name in names], layout, "groups")
         each = check_clipping_norm(clipping_norm) / sqrt(len(groups))
         return cls(tuple(Group(names, each, 1.0 / len(groups)) for names in groups.values()))
+
+    @classmethod
+    def cheapest(
+        cls, layout: Layout, clipping_norms: Mapping[str, float], groups: Mapping[str, tuple[str, ...]]
+    ) -> GroupClipping:
+        """Groups with the given thresholds whose noise has the least total variance; see ``cheapest_noise_stds``."""
+        _same_names([name for names in groups.values() for name in names], layout, "groups")
+        norms = [check_clipping_norm(clipping_norms[group]) for group in groups]
+        sizes = [sum(layout.slots[name].size for name in names) for names in groups.values()]
+        shares = (np.array(norms) / cheapest_noise_stds(1.0, norms, sizes)) ** 2
+        shares /= shares.sum()
+        return cls(tuple(Group(n, c, float(s)) for n, c, s in zip(groups.values(), norms, shares, strict=True)))
 
     def add(self, rows: Tensor, layout: Layout, total: Tensor) -> Tensor:
         """See ``Rule.add``; the returned ratio is the largest of the groups'."""

@@ -139,9 +139,13 @@ class Engine:
 
         def add(batch: Batch) -> None:
             nonlocal bits
-            ratio = rule.add(self.source.rows(batch, self.loss), self.layout, total)
+            part = self.source.arena_vector()
+            ratio = rule.add(self.source.rows(batch, self.loss), self.layout, part)
             counted = ratio[torch.isfinite(ratio)]
-            bits += float((counted <= 1.0).sum()) - 0.5 * len(counted)
+            more = float((counted <= 1.0).sum()) - 0.5 * len(counted)
+            # Last, and at once: a failure above leaves nothing of this batch behind, so that halving adds no row twice.
+            total.add_(part)
+            bits += more
 
         self._each(examples, add)
         return total[: self.num_parameters].to(torch.float32), bits

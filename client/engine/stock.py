@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,17 @@ def evaluating(model: nn.Module, *, checkpoint: bool = True) -> Iterator[None]:
     A layer under that flag which applies a dropout rate of its own (OPT's) has the rate set to 0 meanwhile.
     ``checkpoint=False`` keeps everything instead of recomputing it.
     """
-    kept = [(module, "training", module.training) for module in model.modules()]
+    kept: list[tuple[Any, str, Any]] = [(module, "training", module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    if hasattr(config, "use_cache"):  # a decoder would keep keys and values that nobody reads
+        kept.append((config, "use_cache", config.use_cache))
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             kept += [(module, k, v) for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
     try:
         for module, name, _ in kept:
             asked = checkpoint and bool(getattr(module, "gradient_checkpointing", False))
-            setattr(module, name, asked if name == "training" else 0.0)
+            setattr(module, name, {"training": asked, "use_cache": False}.get(name, 0.0))
         yield
     finally:
         for module, name, value in kept:

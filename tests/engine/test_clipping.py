@@ -14,6 +14,7 @@ from client.engine import AdaptiveClipping, FlatClipping, Group, GroupClipping, 
 from client.engine.clipping import row_norms, slot_norms
 from client.engine.layout import Arena, Layout, arena_bytes
 from common.errors import InvalidInput
+from common.privacy.allocation import group_noise_multiplier, weighted_noise_multiplier
 
 
 class Two(nn.Module):
@@ -123,6 +124,28 @@ def test_group_noise_costs_exactly_one_gaussian_of_the_stated_multiplier(thresho
     assert worst == pytest.approx(multiplier**-2, rel=1e-9)
 
 
+def test_the_cheapest_groups_cost_the_same_and_have_less_variance():
+    names, norms = {"a": ("first",), "b": ("second",)}, {"a": 1.0, "b": 0.5}
+    cheapest = GroupClipping.cheapest(LAYOUT, norms, names)
+    halves = GroupClipping((Group(("first",), 1.0, 0.5), Group(("second",), 0.5, 0.5)))
+    assert (cheapest.noise_std(LAYOUT, 2.0) ** 2).sum() < (halves.noise_std(LAYOUT, 2.0) ** 2).sum()
+    std = cheapest.noise_std(LAYOUT, 2.0)
+    assert group_noise_multiplier([1.0, 0.5], [std[0], std[-1]]) == pytest.approx(2.0, rel=1e-9)
+
+
+def test_importance_weights_under_ordinary_clipping_would_cost_their_minimum():
+    # what ShapedClipping does not do: the same scales on the noise alone, with |g| <= C
+    scales = {"first": 1.5, "second": 0.5}
+    rule = ShapedClipping(1.0, scales)
+    arena, rows = filled([[0.0] * 1500 + [1.0] + [0.0] * 6])  # the worst record lies along the smallest scale
+    shaped, ordinary = arena.vector(), arena.vector()
+    rule.add(rows.clone(), LAYOUT, shaped)
+    FlatClipping(1.0).add(rows.clone(), LAYOUT, ordinary)
+    assert length(rule, shaped) <= 1.0
+    assert length(rule, ordinary) == pytest.approx(1 / 0.5, rel=1e-5)
+    assert weighted_noise_multiplier(1.0, list(scales.values())) == pytest.approx(0.5)
+
+
 def test_shaping_by_one_is_flat_clipping():
     values = np.random.default_rng(3).normal(size=(4, LAYOUT.num_parameters))
     arena, rows = filled(values)
@@ -211,7 +234,7 @@ def test_bad_adaptive_settings_are_refused(changes):
 
 @pytest.mark.parametrize("z", [10.0, 11.0, 0.0, -1.0])
 def test_a_count_that_costs_more_than_the_step_is_refused(z):
-    with pytest.raises(InvalidInput, match="count_noise"):
+    with pytest.raises(InvalidInput, match=r"count_noise|noise_multiplier"):
         adaptive().gradient_noise_multiplier(z)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.engine import Example, make_engine
+from client.engine import Example, FlatClipping, make_engine
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma", "gpt2", "opt", "bert", "roberta")
 
@@ -138,3 +138,19 @@ def test_a_record_that_fits_at_no_size_counts_zero_and_is_only_counted(
     assert engine.set_aside == 1
     assert "secret" not in caplog.text
     assert "1" not in caplog.text.split("record")[1]
+
+
+def test_a_failure_between_rows_and_sum_adds_no_row_twice(build, make_examples, error):
+    class Brittle(FlatClipping):
+        def add(self, rows, layout, total):
+            ratio = super().add(rows, layout, total)
+            if len(rows) > 2:
+                raise torch.OutOfMemoryError("after the sum was changed")
+            return ratio
+
+    examples = make_examples("causal-lm", (12, 7, 9, 12, 3, 8, 8))
+    engine = make_engine(build("llama"), task="causal-lm", pad_token_id=0, max_length=12)
+    wanted, bits = engine.clipped_sum_and_bits(examples, 0.3)
+    found, again = engine.clipped_sum_and_bits(examples, Brittle(0.3))
+    assert error(found, wanted) < 1e-6
+    assert again == bits
