@@ -55,12 +55,25 @@ class Killer:
         while not self.is_finished():
             assert time.monotonic() < deadline, f"the run did not end; kills: {self.kills}"
             if len(self.kills) < kills:
-                time.sleep(self.random.uniform(0.05, 0.8))
+                self.await_progress()
+                time.sleep(self.random.uniform(0.0, 0.3))
                 self.kill(self.random.choice(list(self.programs)))
             else:
                 time.sleep(0.05)
                 self.revive()
         self.stop()
+
+    def await_progress(self, limit_s=60):
+        """Until somebody has written something since the last kill: it is a running federation that is hit."""
+        before, deadline = self.written(), time.monotonic() + limit_s
+        while self.written() == before and not self.is_finished() and time.monotonic() < deadline:
+            time.sleep(0.01)
+            self.revive()
+
+    def written(self):
+        """How far each organisation's witness and the round's checkpoint have come."""
+        paths = [self.folder / f"{name}.witness" for name in federation.NAMES] + [self.folder / "checkpoint.npz"]
+        return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
 
     def kill(self, name):
         process = self.processes[name]
