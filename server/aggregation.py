@@ -101,7 +101,8 @@ class ServerOptimizer:
     def _moved(
         self, name: str, array: npt.NDArray[np.float32], update: npt.NDArray[np.float64], rate: float
     ) -> npt.NDArray[np.float32]:
-        return (array.astype(np.float64) + rate * self._direction(name, update)).astype(np.float32)
+        with np.errstate(over="ignore"):  # the round loop looks whether the result is finite
+            return (array.astype(np.float64) + rate * self._direction(name, update)).astype(np.float32)
 
     def _direction(self, name: str, update: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         if self._kind == "fedavg":

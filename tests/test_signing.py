@@ -59,9 +59,8 @@ def test_a_body_without_a_canonical_form_is_refused(body):
 
 
 def test_equal_bodies_give_equal_bytes_and_signatures():
-    assert (
-        canonical({"b": 1.0, "a": [1, "é"]}) == canonical({"a": [1, "é"], "b": 1.0}) == '{"a":[1,"é"],"b":1.0}'.encode()
-    )
+    expected = '{"a":[1,"é"],"b":1.0}'.encode()
+    assert canonical({"b": 1.0, "a": [1, "é"]}) == canonical({"a": [1, "é"], "b": 1.0}) == expected
     assert KEY.sign("plan", BODY) == KEY.sign("plan", dict(reversed(BODY.items())))
     assert digest(BODY) == digest(dict(reversed(BODY.items())))
 
@@ -95,9 +94,10 @@ def test_a_crash_while_a_key_is_written_leaves_no_half_key(tmp_path, monkeypatch
     def power_cut(_descriptor):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", power_cut)
-        KEY.save(path)
+        with pytest.raises(KeyboardInterrupt):
+            KEY.save(path)
     assert not path.exists()
     assert SigningKey.load_or_create(path).public_key == SigningKey.load_or_create(path).public_key
 
