@@ -18,8 +18,9 @@ U_i = ∫ hat_i(α(z)) dQ(z) is computed by Gauss–Legendre quadrature on the p
 at most 0.08 standard deviations, so that the integrand is smooth on each. Positive terms only: no cancellation.
 The error of n nodes on a piece of width w is w^(2n+1) (n!)^4 / ((2n+1) ((2n)!)^3) times the 2n-th derivative; for a
 normal density at |z| <= 10 that is below 1e-10 of the mass, with four nodes for w <= 0.08 and two for w <= 0.002.
-Rounding of α − α_i moves mass between neighbours by at most
-a few ulp of |1 − α_i^-1|/h; every U_i is raised by 16 ulp (1 + |1 − α_i^-1|/h) and by 1e-12 for it, and for
+Shares are computed from losses, (α − α_i)/(α_(i+1) − α_i) = (e^(L − ih) − 1)/(e^h − 1), so rounding moves
+mass between neighbours by at most 4 ulp · |L|/h · (2 + log(1/q) + 1/σ²) of it (the last factor is the pair's
+``conditioning``: how many ulp the loss itself errs by); every U_i is raised by four times that, and by 1e-12 for
 the quadrature (whose error is far below that where the mass lies; see tests/privacy/test_discretise.py).
 """
 
@@ -82,23 +83,23 @@ def discretise(pair: Pair, spacing: float, *, cap: int, width: float) -> LossGri
     low = max(int(np.floor(lowest)), -cap)
     high = max(min(int(np.ceil(highest)), cap), low + 1)
     index = np.arange(low, high + 1)
-    edges = np.clip(pair.quantile(np.asarray(index * spacing, dtype=np.float64)), left, right)
-    mass = _hat_masses(pair, edges, np.expm1(index * spacing), spacing)
+    losses: Array = np.asarray(index * spacing, dtype=np.float64)
+    edges = np.clip(pair.quantile(losses), left, right)
+    mass = _hat_masses(pair, edges, losses, spacing)
     q_below, q_above, p_above = pair.tails(float(edges[0]), float(edges[-1]))
     mass[:2] += q_below
     mass[-1] += q_above
-    mass *= 1 + _QUADRATURE + 16 * ULP * (1 + np.abs(np.expm1(-index * spacing)) / spacing)
+    mass *= 1 + _QUADRATURE + 16 * ULP * (1 + np.abs(index) * pair.conditioning)
     moved = 2 * (p_above + q_above) + 3 * q_below * max(1.0, float(np.exp((low + 1) * spacing)))
     return LossGrid(spacing, low, mass, p_above * (1 + _QUADRATURE), q_below * (1 + _QUADRATURE), moved)
 
 
-def _hat_masses(pair: Pair, edges: Array, excess_at: Array, spacing: float) -> Array:
+def _hat_masses(pair: Pair, edges: Array, losses: Array, spacing: float) -> Array:
     """Integrate each cell's Q-mass onto its two grid values; shape [len(edges)]."""
     cuts = _pieces(edges, _FINE)
     half = np.diff(cuts) / 2
     middle = cuts[:-1] + half
     cell = np.searchsorted(edges, middle) - 1
-    gap = (1 + excess_at[:-1]) * np.expm1(spacing)
     cells = len(edges) - 1
     mass = np.zeros(cells + 1)
     narrow = half <= _NARROW / 2
@@ -107,13 +108,12 @@ def _hat_masses(pair: Pair, edges: Array, excess_at: Array, spacing: float) -> A
             continue
         into, width = cell[chosen], half[chosen]
         z = middle[chosen] + nodes[:, None] * width
-        weight, excess = pair.density(z) * (weights[:, None] * width), pair.excess(z)
-        lower, upper, scale = excess_at[into], excess_at[into + 1], gap[into]
-        to_upper = (weight * np.clip((excess - lower) / scale, 0, 1)).sum(axis=0)
-        to_lower = (weight * np.clip((upper - excess) / scale, 0, 1)).sum(axis=0)
-        mass[:-1] += np.bincount(into, to_lower, cells)
+        weight, loss = pair.density(z) * (weights[:, None] * width), pair.loss(z)
+        to_upper = (weight * np.clip(np.expm1(loss - losses[into]), 0, None)).sum(axis=0)
+        to_lower = (weight * np.clip(-np.expm1(loss - losses[into + 1]), 0, None)).sum(axis=0)
+        mass[:-1] += np.bincount(into, to_lower, cells) * np.exp(spacing)
         mass[1:] += np.bincount(into, to_upper, cells)
-    return mass
+    return np.asarray(mass / np.expm1(spacing))
 
 
 def _pieces(edges: Array, widest: float) -> Array:

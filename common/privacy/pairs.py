@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +38,14 @@ _ROOT = math.sqrt(2 * math.pi)
 
 
 def _log_mixture(q: float, exponent: Array) -> Array:
-    """Return log(1 − q + q e^exponent), by log1p where the exponent is moderate, without overflow where it is not."""
+    """Return log(1 − q + q e^exponent): accurate in relative terms where it is small, without overflow where large."""
     if q == 1:
         return np.asarray(exponent)
-    moderate = np.log1p(q * np.expm1(np.minimum(exponent, 30.0)))
-    large = exponent + math.log(q) + np.log1p((1 - q) / q * np.exp(-np.maximum(exponent, 30.0)))
-    return np.asarray(np.where(exponent < 30, moderate, large))
+    log_ratio = np.log1p(q * np.expm1(np.minimum(exponent, 700.0)))
+    if np.max(exponent) <= 700:
+        return np.asarray(log_ratio)
+    large = exponent + math.log(q) + np.log1p((1 - q) / q * np.exp(-np.maximum(exponent, 700.0)))
+    return np.asarray(np.where(exponent <= 700, log_ratio, large))
 
 
 class Pair(Protocol):
@@ -51,8 +53,9 @@ class Pair(Protocol):
 
     symmetric: ClassVar[bool]  # H_α(P‖Q) = H_α(Q‖P): one direction is enough
 
-    def excess(self, z: Array) -> Array:
-        """Return e^L(z) − 1, accurate to a few ulp also where it is tiny."""
+    @property
+    def conditioning(self) -> float:
+        """How many ulp of itself a computed loss may err by, in units of 4 ulp: 2 + log(1/q) + 1/σ²."""
 
     def density(self, z: Array) -> Array:
         """Return the density of Q at z."""
@@ -81,10 +84,10 @@ class AddRemovePair:
     sample_rate: float
     symmetric: ClassVar[bool] = False
 
-    def excess(self, z: Array) -> Array:
-        """e^L − 1 = q (e^(z/σ − c) − 1)."""
-        sigma = self.noise_multiplier
-        return np.asarray(self.sample_rate * np.expm1(z / sigma - 0.5 / sigma**2))
+    @property
+    def conditioning(self) -> float:
+        """2 + log(1/q) + 1/σ²: the size of the exponents behind a loss of size 1."""
+        return 2 - math.log(self.sample_rate) + 1 / self.noise_multiplier**2
 
     def density(self, z: Array) -> Array:
         """Return φ(z)."""
@@ -126,15 +129,10 @@ class ReplaceOnePair:
     sample_rate: float
     symmetric: ClassVar[bool] = True
 
-    def _below(self, z: Array) -> Any:
-        """Return Q's density over φ(z): 1 − q + q e^(−z/σ − c)."""
-        sigma, q = self.noise_multiplier, self.sample_rate
-        return 1 - q + q * np.exp(-z / sigma - 0.5 / sigma**2)
-
-    def excess(self, z: Array) -> Array:
-        """e^L − 1 = 2 q e^(−c) sinh(z/σ) / (1 − q + q e^(−z/σ − c))."""
-        sigma, q = self.noise_multiplier, self.sample_rate
-        return np.asarray(2 * q * math.exp(-0.5 / sigma**2) * np.sinh(z / sigma) / self._below(z))
+    @property
+    def conditioning(self) -> float:
+        """2 + log(1/q) + 1/σ²: the size of the exponents behind a loss of size 1."""
+        return 2 - math.log(self.sample_rate) + 1 / self.noise_multiplier**2
 
     def density(self, z: Array) -> Array:
         """φ(z) (1 − q) + q φ(z + 1/σ)."""
