@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from client.anchor import Anchor, CommandAnchor, FileAnchor
 from client.checks import Finding, check_adapter, check_agreement, check_policy, coordinator_of
-from client.journal import Journal, Replies, State, Use, as_sent, lock_exclusively, write_durably
+from client.journal import Journal, Replies, State, Use, as_sent, lock_exclusively
 from client.policy import DatasetPolicy, Policy
 from common import errors
 from common.certificate import Attested, ClientPart, SignedPart, sign_part
 from common.charge import charge
-from common.errors import LedgerCorrupt, Unavailable
+from common.errors import LedgerCorrupt
 from common.history import Begun, ChargedRun, ClientHistory, SignedHistory
 from common.ledger import Ledger
 from common.messages import Arrays, Plan, Refusal, RefusalReason, Reply, Reservation, TrainRequest
@@ -100,9 +101,9 @@ class Guard:
         self._running: Use | None = None
         self._release = lock_exclusively(ledger_path.with_name(ledger_path.name + ".lock"))
         try:
-            existed = ledger_path.exists()
             self._ledger = Ledger(ledger_path, clock=clock)
-            self._check_anchor(existed)
+            self._anchor = _anchor_of(policy)
+            self._check_anchor()
             self._journal = Journal(self._ledger)
             self._journal.catch_up()
             self._replies = Replies(ledger_path.with_name(ledger_path.name + ".replies"))
@@ -370,23 +371,24 @@ class Guard:
 
     def _write_anchor(self) -> None:
         """Nothing is given before the anchor knows of it."""
-        if self.policy.anchor is None:
-            return
-        try:
-            write_durably(self.policy.anchor, self._ledger.head().encode() + b"\n")
-        except OSError as error:
-            raise Unavailable(f"the anchor {self.policy.anchor} cannot be written: {error.strerror}") from error
+        if self._anchor is not None:
+            self._anchor.write(self._ledger.head())
 
-    def _check_anchor(self, existed: bool) -> None:
+    def _check_anchor(self) -> None:
         """A ledger that was set back is older than its anchor; one whose anchor is gone cannot be trusted either."""
-        anchor = self.policy.anchor
-        if anchor is None:
+        if self._anchor is None:
             return
-        if not anchor.exists():
-            if existed and self._ledger.verify() > 0:
-                raise LedgerCorrupt(f"the anchor {anchor} of this ledger is missing: restore it before training")
-            return
-        self._ledger.verify(anchor=anchor.read_text("ascii").strip())
+        head = self._anchor.read()
+        if head is not None:
+            self._ledger.verify(anchor=head)
+        elif self._ledger.verify() > 0:
+            raise LedgerCorrupt("the anchor of this ledger is missing: restore it before training")
+
+
+def _anchor_of(policy: Policy) -> Anchor | None:
+    if policy.anchor is not None:
+        return FileAnchor(policy.anchor)
+    return CommandAnchor(policy.anchor_command) if policy.anchor_command else None
 
 
 def _reserved(request: TrainRequest) -> dict[str, object]:

@@ -126,6 +126,7 @@ class Policy(_Strict):
         expires: after this moment everything is refused; a date without a zone is UTC.
         release: when replies leave: ``immediate`` (timing is unprotected) or at a public ``slot``.
         anchor: a file, outside this machine, that holds the ledger's last head.
+        anchor_command: instead of a file, a program that keeps it (``client/anchor.py``).
     """
 
     organisation: str = Field(min_length=1)
@@ -139,6 +140,13 @@ class Policy(_Strict):
     expires: datetime | None = None
     release: Literal["immediate", "slot"] = "immediate"
     anchor: Path | None = None
+    anchor_command: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_anchor(self) -> Self:
+        if self.anchor is not None and self.anchor_command:
+            raise ValueError("give anchor or anchor-command, not both")
+        return self
 
     @model_validator(mode="after")
     def _groups_share_one_budget(self) -> Self:
@@ -153,6 +161,11 @@ class Policy(_Strict):
                     "target-epsilon, target-delta and relation"
                 )
         return self
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether a ledger that was set back would be noticed."""
+        return self.anchor is not None or bool(self.anchor_command)
 
     def has_expired(self, now: float) -> bool:
         """Whether ``now`` (seconds since the epoch) is after ``expires``."""

@@ -87,7 +87,7 @@ def check_policy_file(path: Path, *, records: dict[str, int] | None = None) -> d
             warnings.append(
                 f"{name}: {count} records, declared {declared}: privacy holds, but steps are sized for another set"
             )
-    if policy.anchor is None:
+    if not policy.is_anchored:
         warnings.append("no anchor: a ledger that is set back to an older state will not be noticed")
     if policy.release == "immediate":
         warnings.append("release is immediate: when replies leave may depend on the records")

@@ -188,6 +188,37 @@ def test_a_ledger_that_was_set_back_is_found_by_its_anchor(parties):
         parties.guard(anchor=anchor)
 
 
+KEEPER = """
+import sys, pathlib
+kept = pathlib.Path(sys.argv[1])
+if sys.argv[2] == "get":
+    print(kept.read_text() if kept.exists() else "")
+else:
+    kept.write_text(sys.argv[3])
+"""
+
+
+def test_a_command_can_be_the_anchor(parties, tmp_path):
+    program, kept = tmp_path / "keeper.py", tmp_path / "kept"
+    program.write_text(KEEPER)
+    command = (sys.executable, str(program), str(kept))
+    guard = parties.guard(anchor_command=command)
+    parties.train(guard, parties.request())
+    guard.close()
+    assert kept.read_text() == last_head(parties)
+    parties.guard(anchor_command=command).close()
+    kept.write_text("f" * 64)
+    with pytest.raises(LedgerCorrupt, match="anchored head"):
+        parties.guard(anchor_command=command)
+    kept.write_text("nonsense")
+    with pytest.raises(LedgerCorrupt, match="no head"):
+        parties.guard(anchor_command=command)
+    with pytest.raises(Unavailable, match="failed"):
+        parties.guard(anchor_command=("/nowhere/keeper",))
+    with pytest.raises(ValueError, match="not both"):
+        parties.policy(anchor_command=command, anchor=kept)
+
+
 def last_head(parties):
     with Ledger(parties.folder / "own.sqlite", read_only=True) as ledger:
         return ledger.head()
