@@ -84,19 +84,34 @@ class Fit:
             return False
 
 
-def micro_batches(examples: Sequence[Example], *, rows: int, tokens: int) -> Iterator[list[Example]]:
-    """Cut ``examples`` into runs of similar length, longest first (so that memory peaks at the start).
+@dataclass(slots=True)
+class Bounds:
+    """How large a micro-batch may be; lowered when memory runs out, which changes no result.
 
-    Args:
-        examples: usable examples of one logical batch.
-        rows: most examples in a run.
-        tokens: most padded tokens in a run; one example always fits.
+    Attributes:
+        rows: most examples.
+        tokens: most padded tokens; one example always passes.
+    """
+
+    rows: int
+    tokens: int
+
+    def lower(self, group: Sequence[Example]) -> None:
+        """Remember that ``group`` did not fit: half of its tokens is the bound from now on."""
+        longest = max(len(example.input_ids) for example in group)
+        self.tokens = min(self.tokens, max(longest, len(group) // 2 * longest))
+
+
+def micro_batches(examples: Sequence[Example], bounds: Bounds) -> Iterator[list[Example]]:
+    """Cut usable examples of one logical batch into runs of similar length, longest first (memory peaks at the start).
+
+    ``bounds`` is read anew for every run.
     """
     ordered = sorted(examples, key=lambda e: -len(e.input_ids))
     start = 0
     while start < len(ordered):
         longest = len(ordered[start].input_ids)
-        count = max(1, min(rows, tokens // longest))
+        count = max(1, min(bounds.rows, bounds.tokens // longest))
         yield ordered[start : start + count]
         start += count
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client.engine.batches import Batch, Example, Fit, collate, micro_batches
+from client.engine.batches import Batch, Bounds, Example, Fit, collate, micro_batches
 from client.engine.clipping import Rule, as_rule
 from client.engine.dropout import record_seeds
 from client.engine.fused import FusedRows
@@ -86,8 +86,8 @@ class Engine:
         self.source, self.loss, self.fit = source, loss, fit
         self.pad_token_id, self.micro_batch_size = pad_token_id, micro_batch_size
         self.layout = source.layout
-        self.max_tokens = micro_batch_size * fit.max_length
-        self.max_rows = max(micro_batch_size, min(8 * micro_batch_size, ARENA_BYTES // self.bytes_per_example))
+        most = max(micro_batch_size, min(8 * micro_batch_size, ARENA_BYTES // self.bytes_per_example))
+        self.bounds = Bounds(rows=most, tokens=micro_batch_size * fit.max_length)
         self.set_aside = 0
         self._dropout_secret = dropout_secret
 
@@ -183,7 +183,7 @@ class Engine:
         self.set_aside = len(examples) - len(usable)
         if self._dropout_secret is not None:  # a new secret for every step, so that masks are fresh
             self._dropout_secret = hashlib.sha256(b"cloister/dropout/v1" + self._dropout_secret).digest()
-        for group in micro_batches(usable, rows=self.max_rows, tokens=self.max_tokens):
+        for group in micro_batches(usable, self.bounds):
             self._halving(group, add)
 
     def _halving(self, group: list[Example], add: Callable[[Batch], None]) -> None:
@@ -195,7 +195,7 @@ class Engine:
         try:
             add(self.batch(group))
         except Exception as error:
-            failure = type(error).__name__
+            failure, memory = type(error).__name__, isinstance(error, MemoryError | torch.OutOfMemoryError)
         else:
             return
         self.release_memory()  # outside the handler: its traceback would keep the failed graph alive
@@ -203,6 +203,8 @@ class Engine:
             self.set_aside += 1
             log.warning("a record could not be computed (%s) and counts as zero", failure)
             return
+        if memory:
+            self.bounds.lower(group)
         middle = len(group) // 2
         self._halving(group[:middle], add)
         self._halving(group[middle:], add)

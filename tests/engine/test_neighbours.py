@@ -118,6 +118,9 @@ def test_running_out_of_memory_halves_and_changes_nothing(build, make_examples, 
     assert error(engine.clipped_sum(examples, 0.3), wanted) < 1e-6
     assert asked[0] > limit
     assert engine.set_aside == 0
+    asked.clear()
+    assert error(engine.clipped_sum(examples, 0.3), wanted) < 1e-6
+    assert max(asked) <= limit  # what did not fit once is not tried again
 
 
 def test_a_record_that_fits_at_no_size_counts_zero_and_is_only_counted(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from client.engine import Adam, Example, NoiseSource, Sgd, make_engine, private_step, self_test
-from client.engine.batches import micro_batches
+from client.engine.batches import Bounds, micro_batches
 from common.errors import InvalidInput
 
 KINDS = ("fused", "opacus")
@@ -197,7 +197,7 @@ def test_optimizer_settings_out_of_range_are_refused(make):
 @given(lengths=st.lists(st.integers(1, 40), max_size=30), rows=st.integers(1, 8), tokens=st.integers(1, 200))
 def test_micro_batches_hold_every_example_once_and_keep_their_bounds(lengths, rows, tokens):
     examples = [Example(np.zeros(n, dtype=int), i) for i, n in enumerate(lengths)]
-    groups = list(micro_batches(examples, rows=rows, tokens=tokens))
+    groups = list(micro_batches(examples, Bounds(rows, tokens)))
     assert sorted(e.labels for group in groups for e in group) == list(range(len(lengths)))
     for group in groups:
         assert 1 <= len(group) <= rows
