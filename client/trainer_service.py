@@ -6,6 +6,7 @@ after the guard's yes is the status ``lost`` or ``unavailable``, whatever it was
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from common.wire import trainer_pb2_grpc, translate
 
 LARGEST_MESSAGE = 512 * 2**20
 SERVICE = "cloister.v1.Trainer"
+RETRY_S = 0.1
 
 
 class Trains(Protocol):
@@ -77,8 +79,7 @@ def serve(trainer: Trains, address: str, *, workers: int = 4) -> grpc.Server:
 class RemoteTrainer:
     """A trainer behind its service: the same two calls.
 
-    Raises (from both):
-        Unavailable: it cannot be reached in time. InvalidInput: it calls the request malformed.
+    Both raise ``Unavailable`` when it cannot be reached in time and ``InvalidInput`` when it calls the request malformed.
     """
 
     def __init__(self, address: str, *, timeout_s: float = 3600.0) -> None:
@@ -107,10 +108,16 @@ class RemoteTrainer:
         return translate.read_train_response(message)
 
     def _call(self, method: Any, request: Any) -> Any:
-        try:
-            return method(request, timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            raise _fault(error) from error
+        """One call; a trainer that is away is waited for: the same request gets the same bytes, however often."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            remaining = deadline - time.monotonic()
+            try:
+                return method(request, timeout=max(remaining, 0.001))
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or remaining < RETRY_S:
+                    raise _fault(error) from error
+            time.sleep(RETRY_S)
 
 
 def _fault(error: grpc.RpcError) -> CloisterError:

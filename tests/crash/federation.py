@@ -120,7 +120,7 @@ class Exchange:
     """The round loop's view of the organisations, over their services instead of Flower's grid."""
 
     def __init__(self, folder):
-        self.trainers = {name: RemoteTrainer(f"unix:{folder}/{name}.sock", timeout_s=10) for name in NAMES}
+        self.trainers = {name: RemoteTrainer(f"unix:{folder}/{name}.sock", timeout_s=120) for name in NAMES}
 
     def train(self, requests, _deadline_s):
         for name in sorted(requests):
