@@ -87,6 +87,7 @@ def test_a_wrong_arrow_would_be_seen(tmp_path, monkeypatch):
         ("server.rounds", HEAVY),
         ("server.terms", HEAVY | {"flwr"}),
         ("client.relay", HEAVY),
+        ("client.trainer_service", HEAVY),
     ],
 )
 def test_a_bare_import_loads_nothing_heavy(module, absent):

@@ -46,7 +46,11 @@ def bundle(tmp_path_factory) -> zipfile.ZipFile:
 def test_only_code_of_the_shared_rooms_and_the_relay_is_shipped(bundle):
     names = {name for name in bundle.namelist() if not name.startswith(".info/")}
     code = {name for name in names if name.endswith(".py")}
-    assert {name for name in code if name.startswith("client/")} == {"client/__init__.py", "client/relay.py"}
+    assert {name for name in code if name.startswith("client/")} == {
+        "client/__init__.py",
+        "client/relay.py",
+        "client/trainer_service.py",
+    }
     assert {name.partition("/")[0] for name in code} == {"client", "common", "server"}
     rest = names - code
     assert "pyproject.toml" in rest

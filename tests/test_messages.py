@@ -65,7 +65,7 @@ def test_a_reply_has_three_fields_and_no_fourth():
 
 
 def test_no_field_that_leaves_is_free_text_or_a_number_about_records():
-    """A text is an id, a hash, a head, a key or a signature by its name; everything else is an enumeration or public."""
+    """A text is a name, an id, a hash, a key or a signature; everything else is an enumeration or public."""
     allowed = {
         Reply: {"update": messages.Arrays, "reservation_id": str, "ledger_head": str},
         Refusal: {

@@ -76,7 +76,8 @@ class Federation:
         self.folder = folder
         self.trainers = {trainer.name: trainer for trainer in trainers}
         self.config = RunConfig.from_mapping(
-            {"rounds": 3, "expected-batch-size": 10, "server-optimizer": "fedavg", "server-learning-rate": 1.0} | settings
+            {"rounds": 3, "expected-batch-size": 10, "server-optimizer": "fedavg", "server-learning-rate": 1.0}
+            | settings
         )
         self.terms: RunTerms = draw_up(self.config, [t.describe() for t in trainers], "run")
         self.coordinator, self.accountants_key = SigningKey.generate(), SigningKey.generate()

@@ -30,7 +30,7 @@ def test_the_mean_is_numpys_weighted_average(parts):
 def test_memory_does_not_grow_with_the_number_of_updates():
     mean = WeightedMean(SHAPES)
     mean.add(update(), 1.0)
-    held = {name: array for name, array in mean._sum.items()}
+    held = dict(mean._sum)
     for _ in range(50):
         mean.add(update(), 1.0)
     assert all(mean._sum[name] is array for name, array in held.items())
@@ -108,7 +108,9 @@ def test_an_optimizer_goes_on_from_its_state(kind):
 def test_the_rate_falls_as_its_schedule_says():
     mean, zero = {"x": np.ones(1)}, {"x": np.zeros(1, np.float32)}
     moved = {
-        schedule: [float(ServerOptimizer("fedavg", 1.0, schedule).step(zero, mean, p)["x"][0]) for p in (0.0, 0.5, 0.75)]
+        schedule: [
+            float(ServerOptimizer("fedavg", 1.0, schedule).step(zero, mean, p)["x"][0]) for p in (0.0, 0.5, 0.75)
+        ]
         for schedule in ("constant", "linear", "cosine")
     }
     assert moved["constant"] == [1.0, 1.0, 1.0]

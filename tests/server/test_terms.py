@@ -22,9 +22,9 @@ def description(name="a", declared=1000, **changes) -> Description:
     return Description(**(values | changes))
 
 
-def terms(clients=("a", "b"), **settings) -> RunTerms:
+def terms(names=("a", "b"), **settings) -> RunTerms:
     config = RunConfig.from_mapping({"rounds": 6, "expected-batch-size": 20} | settings)
-    return draw_up(config, [description(name) for name in clients], "run")
+    return draw_up(config, [description(name) for name in names], "run")
 
 
 def epsilon(client, relation="add_remove") -> float:
@@ -101,10 +101,9 @@ def test_a_batch_of_all_declared_records_is_allowed():
 
 
 def test_a_client_that_nobody_is_is_named():
+    config = RunConfig.from_mapping({"clients": {"c": {"target-epsilon": 1}}})
     with pytest.raises(InvalidInput, match=r"\[clients\.c\]: no such client; there are a, b"):
-        terms(clients=("a", "b"), **{"rounds": 1}) and draw_up(
-            RunConfig.from_mapping({"clients": {"c": {"target-epsilon": 1}}}), [description("a"), description("b")], "r"
-        )
+        draw_up(config, [description("a"), description("b")], "run")
 
 
 @pytest.mark.parametrize("delta", [1e-3, 0.5])
@@ -134,7 +133,7 @@ def test_weights_are_equal_or_follow_the_declared_sizes():
 
 
 def test_participation_counts_the_rounds_before():
-    found = terms(clients=("a", "b", "c"), **{"clients-per-round": 1, "rounds": 7})
+    found = terms(names=("a", "b", "c"), **{"clients-per-round": 1, "rounds": 7})
     for name in "abc":
         played = [r for r, hand in enumerate(found.participants, start=1) if name in hand]
         assert [found.participation(name, r) for r in played] == list(range(len(played)))

@@ -1,0 +1,229 @@
+"""What comes back over Flower's grid: read if it fits, an error otherwise, and never an exception."""
+
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from client.relay import to_arrays, to_record
+from common.errors import Unavailable
+from common.messages import (
+    Envelope,
+    Plan,
+    RefusalReason,
+    Reply,
+    Reservation,
+    SignedReservation,
+    Status,
+    StatusCode,
+    TrainRequest,
+    adapter_hash,
+)
+from common.privacy import SampledGaussian
+from deploy.inprocess_grid import InProcessGrid
+from server.accountant import Outcome
+from server.exchange import Exchange, Failure
+
+EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1)
+ADAPTER = {"z.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.weight": np.ones(2, np.float32)}
+GOOD = {"reservation_id": "r", "ledger_head": "h"}
+
+
+def request(name="a") -> TrainRequest:
+    plan = Plan(
+        "run", 1, name, name, 1, 0, EVENT, 1, 1.0, 10.0, 1000, "sgd", 0.1, "ffa", "b", adapter_hash(ADAPTER),
+        Envelope((EVENT,)),
+    )  # fmt: skip
+    signed = SignedReservation(Reservation("r" + name, "run", 1, name, name, 1, EVENT), "s", "h", "t")
+    return TrainRequest(plan, "signature", signed, ADAPTER)
+
+
+def answer(app, timeout=5.0, **options):
+    """The one client's answer to one request."""
+    exchange = Exchange(InProcessGrid(app, ["a"]), **options)
+    exchange.describe(1, 5.0)
+    return dict(exchange.train({"a": request()}, timeout))["a"]
+
+
+def test_a_request_reaches_the_trainer_and_its_reply_comes_back_unchanged(federation, trainer):
+    one = trainer("a")
+    fed = federation([one])
+    found = dict(fed.exchange().train({"a": request()}, 5.0))["a"]
+    assert one.seen[0].header() == request().header()
+    assert list(one.seen[0].adapter) == list(ADAPTER)
+    for name, array in ADAPTER.items():
+        np.testing.assert_array_equal(one.seen[0].adapter[name], array)
+    assert isinstance(found, Reply)
+    assert found.reservation_id == "ra"
+
+
+@pytest.mark.parametrize("reason", list(RefusalReason))
+def test_a_refusal_comes_back_with_its_signature(federation, trainer, reason):
+    one = trainer("a")
+    one.behave = lambda request: one.refuse(request, reason, voiding=True)
+    found = dict(federation([one]).exchange().train({"a": request()}, 5.0))["a"]
+    found.check(one.key.public_key)
+    assert found.reason is reason
+
+
+@pytest.mark.parametrize("code", list(StatusCode))
+def test_a_status_comes_back(federation, trainer, code):
+    fed = federation([trainer("a", lambda request: Status(code))])
+    assert dict(fed.exchange().train({"a": request()}, 5.0))["a"] == Status(code)
+
+
+def test_answers_come_in_the_order_of_names_one_at_a_time(federation, trainer):
+    begun = []
+    trainers = [trainer(name) for name in ("c", "a", "b")]
+    for one in trainers:
+        one.behave = lambda request, one=one: (begun.append(one.name), one.ordinary(request))[1]
+    exchange = federation(trainers).exchange()
+    seen = []
+    for name, found in exchange.train({name: request(name) for name in ("b", "c", "a")}, 5.0):
+        seen.append(name)
+        assert isinstance(found, Reply)
+        assert begun == seen, "no client's update waits in memory while another's is read"
+    assert seen == ["a", "b", "c"]
+
+
+def test_an_exception_in_a_trainer_is_that_clients_error_alone(federation, trainer):
+    def fails(request):
+        raise RuntimeError("out of memory")
+
+    fed = federation([trainer("a", fails), trainer("b")])
+    found = dict(fed.exchange().train({"a": request("a"), "b": request("b")}, 5.0))
+    assert found["a"].outcome is Outcome.ERROR
+    assert isinstance(found["b"], Reply)
+
+
+def npy(array, **options) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def flower_array(data: bytes, shape=(2,), dtype="float32") -> Array:
+    return Array(dtype=dtype, shape=list(shape), stype="numpy.ndarray", data=data)
+
+
+HOSTILE_ARRAYS = {
+    "not numpy at all": b"\x00" * 40,
+    "empty": b"",
+    "a pickle": npy(np.array([{"a": 1}], dtype=object), allow_pickle=True),
+    "cut short": npy(np.ones(1000, np.float32))[:200],
+    "a header that claims a terabyte": npy(np.ones(2, np.float32)).replace(b"(2,), }", b"(274877906944,), }")[:300],
+    "a header that is code": b"\x93NUMPY\x01\x00\x40\x00" + b"__import__('os').abort()".ljust(64) + b"\n",
+}
+
+
+@pytest.mark.parametrize("data", list(HOSTILE_ARRAYS.values()), ids=list(HOSTILE_ARRAYS))
+def test_arrays_that_cannot_be_read_are_an_error(raw_app, as_reply, data):
+    app = raw_app(lambda message: as_reply(GOOD, ArrayRecord({"a.weight": flower_array(data)})))
+    found = answer(app)
+    assert isinstance(found, Failure)
+    assert found.outcome is Outcome.ERROR
+
+
+HOSTILE_TEXTS = {
+    "not json": "{",
+    "nested without end": "[" * 200_000,
+    "a number of many digits": "1" * 10_000,
+    "a list": "[]",
+    "nothing in it": "{}",
+    "numbers for texts": json.dumps({"reservation_id": 5, "ledger_head": []}),
+    "half a key": json.dumps({"reservation_id": "r"}),
+}
+
+
+@pytest.mark.parametrize("text", list(HOSTILE_TEXTS.values()), ids=list(HOSTILE_TEXTS))
+@pytest.mark.parametrize("kind", ["reply", "refusal", "status"])
+def test_texts_that_cannot_be_read_are_an_error(raw_app, kind, text):
+    def make(message):
+        return RecordDict({kind: ConfigRecord({"json": text}), "update": to_record(ADAPTER)})
+
+    found = answer(raw_app(make))
+    assert isinstance(found, Failure)
+    assert found.outcome is Outcome.ERROR
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"note": ConfigRecord({"json": "free text about a patient"})}),
+        RecordDict({"reply": ConfigRecord({"text": "{}"})}),
+        RecordDict({"reply": ConfigRecord({"json": json.dumps(GOOD)})}),
+        RecordDict({"status": ConfigRecord({"json": json.dumps({"code": "free text"})})}),
+    ],
+    ids=["empty", "a fifth kind", "no json", "no update", "an unknown code"],
+)
+def test_an_answer_of_another_kind_is_an_error(raw_app, content):
+    found = answer(raw_app(lambda message: content))
+    assert isinstance(found, Failure)
+    assert found.outcome is Outcome.ERROR
+
+
+class Deaf(InProcessGrid):
+    """A grid on which the named client's answers never arrive."""
+
+    deaf_to = 1
+
+    def pull_messages(self, message_ids):
+        known = [i for i in message_ids if self._waiting.get(i) is None or not self._is_deaf(i)]
+        return super().pull_messages(known)
+
+    def _is_deaf(self, identity):
+        message = self._waiting[identity]
+        return message.metadata.message_type == "train" and message.metadata.dst_node_id == self.deaf_to
+
+
+def test_a_client_that_does_not_answer_times_out_and_the_others_are_read(federation, trainer):
+    fed = federation([trainer("a"), trainer("b")])
+    clock = [0.0]
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    exchange = Exchange(Deaf(fed.app, ["a", "b"]), poll_s=1.0, clock=lambda: clock[0], sleep=sleep)
+    exchange.describe(2, 5.0)
+    found = dict(exchange.train({"a": request("a"), "b": request("b")}, 30.0))
+    assert found["a"].outcome is Outcome.TIMEOUT
+    assert isinstance(found["b"], Reply)
+    assert 30.0 <= clock[0] <= 33.0
+
+
+def test_too_few_clients_are_an_error_in_time(federation, trainer):
+    fed = federation([trainer("a")])
+    clock = [0.0]
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    exchange = Exchange(InProcessGrid(fed.app, ["a"]), clock=lambda: clock[0], sleep=sleep)
+    with pytest.raises(Unavailable, match="only 1 of 2"):
+        exchange.describe(2, 10.0)
+
+
+def test_two_nodes_of_one_name_are_an_error(federation, trainer):
+    fed = federation([trainer("a"), trainer("b")])
+    fed.trainers["b"] = fed.trainers["a"]
+    with pytest.raises(Unavailable, match="two nodes"):
+        fed.exchange()
+
+
+def test_arrays_cross_the_relay_bit_for_bit():
+    values = {"x": np.array([0.0, -0.0, 1e-45, 3.4e38, np.nan], np.float32)}
+    found = to_arrays(to_record(values))
+    assert found["x"].tobytes() == values["x"].tobytes()
+
+
+def test_the_grid_gives_each_reply_once(federation, trainer):
+    fed = federation([trainer("a")])
+    exchange = fed.exchange()
+    start = time.monotonic()
+    assert isinstance(dict(exchange.train({"a": request()}, 5.0))["a"], Reply)
+    assert len(fed.trainers["a"].seen) == 1
+    assert time.monotonic() - start < 30
