@@ -12,6 +12,7 @@ from client.engine.engine import Engine, make_engine
 from client.engine.noise import NoiseSource
 from client.engine.optimizers import Adam, Sgd
 from client.engine.selftest import self_test
+from client.engine.shaping import ModuleShaper
 from client.engine.step import adaptive_step, clipped_gradient_sum, private_step
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "FlatClipping",
     "Group",
     "GroupClipping",
+    "ModuleShaper",
     "NoiseSource",
     "Sgd",
     "ShapedClipping",
