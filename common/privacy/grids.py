@@ -135,15 +135,14 @@ def _tilt(moments: Array, log_inverse: float, epsilon: float, steps: int) -> tup
 
     Folding moves mass down by N h, where it weighs e^(θ N h) times as much, and up, where it weighs e^(−θ N h) times as
     much. Both stay below 1e-7 of δ when N h is at least the length returned. Far from the saddle the transform's
-    floating error, about 3e-14 per step, would weigh e^looseness times as much against δ; tilts at which that exceeds
-    1e-4 are left out, if any remain.
+    floating error, about 3e-14 per step, would weigh e^looseness times as much against δ; beyond 1e-4 of δ that counts
+    like a longer window.
     """
     looseness = moments - LADDER * epsilon + log_inverse
-    allowed = max(float(looseness.min()) + 4, math.log(1e-4) - math.log(3e-14 * steps))
+    excess = np.maximum(looseness + math.log(3e-14 * steps) - math.log(1e-4), 0)
     down = (moments[None, :] - LADDER[:, None] * epsilon / 2 + log_inverse + _RESERVE) / _GAP
     down = np.min(down, axis=1, where=~np.isnan(_GAP), initial=math.inf)
     length = np.maximum(down, (log_inverse + _RESERVE) / LADDER)
-    length[looseness > allowed] = math.inf
-    length[1::2] = math.inf
-    best = int(np.argmin(length))
+    penalised = length * np.exp(np.minimum(excess / 2, 300))
+    best = 2 * int(np.argmin(penalised[::2]))
     return float(LADDER[best]), float(length[best])
