@@ -79,7 +79,7 @@ def serve(trainer: Trains, address: str, *, workers: int = 4) -> grpc.Server:
 class RemoteTrainer:
     """A trainer behind its service: the same two calls.
 
-    Both raise ``Unavailable`` when it cannot be reached in time and ``InvalidInput`` when it calls the request malformed.
+    Both raise ``Unavailable`` when it cannot be reached in time, ``InvalidInput`` when it calls the request malformed.
     """
 
     def __init__(self, address: str, *, timeout_s: float = 3600.0) -> None:

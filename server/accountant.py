@@ -137,10 +137,18 @@ class EmbeddedAccountant:
             if fresh:
                 self._ledger.append("sending", run_id, {"reservations": fresh})
 
-    def commit(self, run_id: str, outcomes: Mapping[str, Outcome]) -> None:
+    def commit(
+        self, run_id: str, outcomes: Mapping[str, Outcome], *, client_heads: Mapping[str, str] | None = None
+    ) -> None:
         """Close reservations: each is spent with all its steps, whatever became of it.
 
         A commit of a voided reservation makes it count again: the larger spend is the truth.
+
+        Args:
+            run_id: the run.
+            outcomes: what became of each reservation.
+            client_heads: by reservation, the head that came with the reply; recorded, so that each client's chain is
+                anchored in this one.
         """
         with self._writing() as book:
             fresh = {}
@@ -149,7 +157,8 @@ class EmbeddedAccountant:
                 if held.void or held.outcome != Outcome(outcome):
                     fresh[reservation_id] = str(Outcome(outcome))
             if fresh:
-                self._ledger.append("commit", run_id, {"outcomes": fresh})
+                heads = {rid: head for rid, head in (client_heads or {}).items() if rid in fresh}
+                self._ledger.append("commit", run_id, {"outcomes": fresh, "client_heads": heads})
 
     def void(self, run_id: str, reservation_id: str, refusal: Refusal | None = None) -> None:
         """Take a reservation back: with the client's signed, voiding refusal, or because nothing was ever sent.

@@ -78,7 +78,8 @@ class AccountantServicer(accountant_pb2_grpc.AccountantServicer):  # type: ignor
 
     def Commit(self, request: Any, context: Any) -> Any:  # noqa: D102
         with self._answering(context, COORDINATOR):
-            self._accountant.commit(_text(request.run_id), translate.read_outcomes(request.outcomes))
+            outcomes, heads = translate.read_outcomes(request.outcomes), dict(request.client_heads)
+            self._accountant.commit(_text(request.run_id), outcomes, client_heads=heads)
             return accountant_pb2.CommitResponse()
 
     def Void(self, request: Any, context: Any) -> Any:  # noqa: D102

@@ -82,8 +82,12 @@ class RemoteAccountant:
         request = accountant_pb2.SendingRequest(run_id=run_id, reservation_ids=list(reservation_ids))
         self._call(self._stub.Sending, request)
 
-    def commit(self, run_id: str, outcomes: Mapping[str, Outcome]) -> None:  # noqa: D102
-        request = accountant_pb2.CommitRequest(run_id=run_id, outcomes=translate.write_outcomes(outcomes))
+    def commit(  # noqa: D102
+        self, run_id: str, outcomes: Mapping[str, Outcome], *, client_heads: Mapping[str, str] | None = None
+    ) -> None:
+        request = accountant_pb2.CommitRequest(
+            run_id=run_id, outcomes=translate.write_outcomes(outcomes), client_heads=dict(client_heads or {})
+        )
         self._call(self._stub.Commit, request)
 
     def void(self, run_id: str, reservation_id: str, refusal: Refusal | None = None) -> None:  # noqa: D102

@@ -160,8 +160,8 @@ class RoundLoop:
         requests = self._requests(state, server_round, permissions)
         self._listener.round_started(server_round, tuple(sorted(requests)))
         self._mark(requests)
-        mean, outcomes = self._collect(server_round, requests)
-        self._accountant.commit(self._terms.run_id, outcomes)
+        mean, outcomes, heads = self._collect(server_round, requests)
+        self._accountant.commit(self._terms.run_id, outcomes, client_heads=heads)
         if server_round == 1 and mean.count == 0:
             raise Unavailable("no client gave an update in round 1, so nothing can be trained: see the reasons above")
         adapter = state.adapter if mean.count == 0 else self._moved(state, mean)
@@ -246,15 +246,20 @@ class RoundLoop:
 
     def _collect(
         self, server_round: int, requests: Mapping[str, TrainRequest]
-    ) -> tuple[WeightedMean, dict[str, Outcome]]:
+    ) -> tuple[WeightedMean, dict[str, Outcome], dict[str, str]]:
+        """The average, what became of each reservation, and the head that came with each good reply."""
         mean = WeightedMean(self._shapes)
         outcomes: dict[str, Outcome] = {}
+        heads: dict[str, str] = {}
         for name, answer in self._exchange.train(requests, self._terms.deadline_s):
             outcome, reason = self._judge(requests[name], answer, mean)
+            reservation_id = requests[name].reservation.reservation.reservation_id
             if outcome is not None:
-                outcomes[requests[name].reservation.reservation.reservation_id] = outcome
+                outcomes[reservation_id] = outcome
+            if outcome is Outcome.REPLIED and isinstance(answer, Reply):
+                heads[reservation_id] = answer.ledger_head
             self._listener.answered(server_round, name, outcome or Outcome.REFUSED, reason)
-        return mean, outcomes
+        return mean, outcomes, heads
 
     def _judge(self, request: TrainRequest, answer: Answer, mean: WeightedMean) -> tuple[Outcome | None, str]:
         """What the ledger records of an answer (None: it was voided); a good update is added to the mean."""

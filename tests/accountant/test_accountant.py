@@ -124,6 +124,15 @@ def test_whatever_became_of_it_what_was_sent_is_spent(accountant, reopen, regist
     assert accountant.head() == head
 
 
+def test_the_heads_of_replies_are_kept(accountant, tmp_path, registration):
+    accountant.register("run", {"a": registration()})
+    rid = reserve(accountant).reservation.reservation_id
+    accountant.commit("run", {rid: Outcome.REPLIED}, client_heads={rid: "e" * 64, "another": "f" * 64})
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        (line,) = ledger.entries(kind="commit")
+    assert line.body == {"outcomes": {rid: "replied"}, "client_heads": {rid: "e" * 64}}
+
+
 def test_open_reservations_are_found_after_a_restart_with_their_mark(accountant, reopen, registration):
     accountant.register("run", {"a": registration(), "b": registration()})
     first, second = reserve(accountant), reserve(accountant, client="b")
