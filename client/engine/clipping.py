@@ -27,6 +27,9 @@ MARGIN = {torch.float32: 1.0 - 2.0**-20, torch.float64: 1.0 - 2.0**-45}
 class Rule(Protocol):
     """How rows are clipped, and the noise's standard deviation for each coordinate of their sum."""
 
+    def check(self, layout: Layout) -> None:
+        """Raise ``InvalidInput`` unless the rule covers exactly the trainable parameters: before a record is read."""
+
     def add(self, rows: Tensor, layout: Layout, total: Tensor) -> Tensor:
         """Add the clipped rows [b, stride] to ``total`` [stride]; return each row's norm over its threshold [b]."""
 
@@ -42,6 +45,9 @@ class FlatClipping:
 
     def __post_init__(self) -> None:
         check_clipping_norm(self.clipping_norm)
+
+    def check(self, layout: Layout) -> None:
+        """Flat clipping covers whatever is trainable."""
 
     def add(self, rows: Tensor, layout: Layout, total: Tensor) -> Tensor:
         """See ``Rule.add``."""
@@ -77,16 +83,19 @@ class ShapedClipping:
                 f"the scales of a shaping span {values.max() / values.min():.3g}, at most {MAX_CONDITION:g} is allowed"
             )
 
+    def check(self, layout: Layout) -> None:
+        """See ``Rule.check``."""
+        _same_names(self.scales, layout, "scales")
+
     def add(self, rows: Tensor, layout: Layout, total: Tensor) -> Tensor:
         """See ``Rule.add``."""
-        _same_names(self.scales, layout, "scales")
         parts = [slot_norms(rows, layout, name) / scale for name, scale in self.scales.items()]
         norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
         return _clip_and_add(rows, norms, self.clipping_norm, total)
 
     def noise_std(self, layout: Layout, noise_multiplier: float) -> np.ndarray:
         """σ C s on the coordinates of each parameter."""
-        _same_names(self.scales, layout, "scales")
+        self.check(layout)
         return _spread(layout, {name: noise_multiplier * self.clipping_norm * s for name, s in self.scales.items()})
 
 
@@ -144,9 +153,12 @@ class GroupClipping:
         shares /= shares.sum()
         return cls(tuple(Group(n, c, float(s)) for n, c, s in zip(groups.values(), norms, shares, strict=True)))
 
+    def check(self, layout: Layout) -> None:
+        """See ``Rule.check``."""
+        _same_names([name for group in self.groups for name in group.names], layout, "groups")
+
     def add(self, rows: Tensor, layout: Layout, total: Tensor) -> Tensor:
         """See ``Rule.add``; the returned ratio is the largest of the groups'."""
-        _same_names([name for group in self.groups for name in group.names], layout, "groups")
         whole = _zero_bad_rows(rows, row_norms(rows))
         ratios = [torch.where(torch.isfinite(whole), 0.0, whole)]
         for group in self.groups:
@@ -162,8 +174,8 @@ class GroupClipping:
 
     def noise_std(self, layout: Layout, noise_multiplier: float) -> np.ndarray:
         """σ C_g / √share_g on the coordinates of group g."""
+        self.check(layout)
         each = {name: noise_multiplier * g.clipping_norm / sqrt(g.share) for g in self.groups for name in g.names}
-        _same_names(each, layout, "groups")
         return _spread(layout, each)
 
 

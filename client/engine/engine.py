@@ -126,7 +126,7 @@ class Engine:
             clipping_norm: C, L2 over all parameters, or another rule of ``client.engine.clipping``.
 
         Raises:
-            InvalidInput: ``clipping_norm`` ≤ 0. Never because of a record.
+            InvalidInput: ``clipping_norm`` ≤ 0, or a rule that does not fit the model. Never because of a record.
         """
         return self.clipped_sum_and_bits(examples, clipping_norm)[0]
 
@@ -136,6 +136,7 @@ class Engine:
         Both are private until noise is added. A record that contributes nothing to the sum counts 0 in the bits.
         """
         rule, total, bits = as_rule(clipping_norm), self.source.arena_vector(), 0.0
+        rule.check(self.layout)
 
         def add(batch: Batch) -> None:
             nonlocal bits

@@ -6,8 +6,7 @@ A site gets its example axis from the shape alone: [b, ..., features] or, where 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,7 +92,6 @@ class LoraSite:
     frame: Frame
     transposed: bool = False
     dense: bool = True
-    original: Callable[..., Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         m, k = self.module, self.adapter
@@ -154,7 +152,6 @@ class LinearSite:
     name: str
     module: nn.Linear
     frame: Frame
-    original: Callable[..., Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         owns = self.frame.layout.owns

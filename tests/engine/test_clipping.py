@@ -188,9 +188,8 @@ def test_bad_rules_are_refused(make):
 
 @pytest.mark.parametrize("rule", [ShapedClipping(1.0, {"first": 1.0}), GroupClipping((Group(("first",), 1.0, 1.0),))])
 def test_a_rule_that_forgets_a_parameter_is_refused(rule):
-    arena, rows = filled(np.ones((1, LAYOUT.num_parameters)))
     with pytest.raises(InvalidInput, match="second"):
-        rule.add(rows, LAYOUT, arena.vector())
+        rule.check(LAYOUT)
     with pytest.raises(InvalidInput, match="second"):
         rule.noise_std(LAYOUT, 1.0)
 

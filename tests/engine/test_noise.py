@@ -184,6 +184,12 @@ def test_a_source_does_not_survive_a_fork(monkeypatch):
         source.generator()
 
 
+def test_a_rule_for_another_model_is_refused_before_a_record_is_read(build, make_examples):
+    engine = make_engine(build("llama"), task="causal-lm", pad_token_id=0, max_length=12)
+    with pytest.raises(InvalidInput, match="must name every trainable parameter"):
+        engine.clipped_sum(make_examples("causal-lm"), ShapedClipping(1.0, {"other": 1.0}))
+
+
 @pytest.mark.parametrize("key", [b"", b"short", b"x" * 33])
 def test_a_key_has_256_bits(key):
     with pytest.raises(InvalidInput, match="32 bytes"):
