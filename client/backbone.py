@@ -18,8 +18,8 @@ import torch
 
 from common.errors import InvalidInput, Unavailable
 
-HASHED = (".safetensors", ".json", ".txt", ".model")
-"""Endings of the files that make a backbone what it is: weights, configuration, tokenizer."""
+HASHED = (".safetensors", ".json", ".txt", ".model", ".jinja")
+"""Endings of the files that make a backbone what it is: weights, configuration, tokenizer, chat template."""
 
 NOT_HASHED = frozenset({"data_config.json", "modules.json", "sentence_bert_config.json"})
 
@@ -49,12 +49,9 @@ def check(folder: Path) -> None:
     configuration = folder / "config.json"
     if not configuration.is_file():
         raise InvalidInput(f"{folder}: no config.json: not a model folder")
-    try:
-        values = json.loads(configuration.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{configuration}: not readable JSON ({error})") from error
+    values = _json_object(configuration)
     for file in (configuration, folder / "tokenizer_config.json"):
-        if file.is_file() and "auto_map" in json.loads(file.read_text("utf-8")):
+        if file.is_file() and "auto_map" in _json_object(file):
             raise InvalidInput(f"{file}: asks for code of its own (auto_map); a backbone may bring none")
     if not list(folder.glob("*.safetensors")):
         pickles = [file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in folder.glob(suffix)]
@@ -62,6 +59,16 @@ def check(folder: Path) -> None:
         raise InvalidInput(f"{folder}: no *.safetensors file{hint}")
     if "model_type" not in values:
         raise InvalidInput(f"{configuration}: has no model_type")
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"{file}: not readable JSON ({_first_line(error)})") from error
+    if not isinstance(values, dict):
+        raise InvalidInput(f"{file}: not a JSON object")
+    return values
 
 
 def backbone_hash(folder: Path) -> str:
@@ -104,6 +111,7 @@ def load_model(
 
     A classification head is not in the checkpoint: it is drawn from ``public_seed`` and becomes part of the adapter.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -126,7 +134,7 @@ def load_model(
                 )
             else:
                 model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InvalidInput(f"{folder}: cannot be loaded for {task} ({_first_line(error)})") from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
@@ -175,7 +183,7 @@ def _from_hub(model: str) -> Path:
 
     try:
         with _quiet():
-            return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+            return Path(snapshot_download(model, allow_patterns=[f"*{ending}" for ending in HASHED]))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise Unavailable(
             f"{model}: no such folder, and no model hub can be reached for that id ({_first_line(error)}); "

