@@ -8,6 +8,7 @@ cannot be reached · 130 interrupted.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,6 +150,8 @@ def _print_json(body: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the command; every deliberate error is one line on stderr and its own exit code."""
+    # Before torch is loaded: threads that wait must sleep, or a busy machine spends its time on spinning.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False)
     except click.exceptions.Exit as exit_request:
