@@ -191,7 +191,7 @@ class Replies:
         keep: how many of the newest to keep; older ones answer ``lost``.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 8) -> None:
+    def __init__(self, folder: Path, *, keep: int = 32) -> None:
         self._folder, self._keep = folder, keep
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 

@@ -19,8 +19,8 @@ from common.privacy.checks import Relation, TooLarge, known_relation
 class Charge:
     """Two upper bounds of the same ε; ``epsilon`` (PLD) opens gates, ``epsilon_rdp`` stands beside it.
 
-    Where the PLD gives no bound within its limits, ``epsilon`` is the Rényi bound. Both are infinite, and fit into no
-    budget, where nothing is known; ``epsilon_rdp`` alone where Rényi accounting does not cover the relation.
+    Where the PLD gives no bound within its limits, ``epsilon`` is the Rényi bound. Where neither does, both are
+    infinite and fit into no budget.
     """
 
     epsilon: float
@@ -50,21 +50,17 @@ def charge(events: Iterable[SampledGaussian], *, relation: str, delta: float) ->
 def _charge(events: tuple[SampledGaussian, ...], relation: Relation, delta: float) -> Charge:
     if not events:
         return Charge(0.0, 0.0)
-    by_rdp = _rdp(events, relation, delta)
-    try:
-        epsilon = PLDAccountant(relation=relation).compose_all(events).epsilon(delta=delta)
-    except TooLarge:
-        epsilon = math.inf
+    by_pld = _bound(PLDAccountant(relation=relation), events, delta)
+    by_rdp = _bound(RDPAccountant(relation=relation), events, delta)
     # Without a PLD bound within its limits the Rényi bound stands in: an upper bound as well. Without either: infinity.
-    return Charge(epsilon if math.isfinite(epsilon) else by_rdp, by_rdp)
+    return Charge(by_pld if math.isfinite(by_pld) else by_rdp, by_rdp)
 
 
-def _rdp(events: tuple[SampledGaussian, ...], relation: Relation, delta: float) -> float:
+def _bound(accountant: PLDAccountant | RDPAccountant, events: tuple[SampledGaussian, ...], delta: float) -> float:
     try:
-        accountant = RDPAccountant(relation=relation)
-    except ValueError:  # this relation has no Rényi bound here
+        return accountant.compose_all(events).epsilon(delta=delta)
+    except TooLarge:
         return math.inf
-    return accountant.compose_all(events).epsilon(delta=delta)
 
 
 def related(members: Sequence[tuple[str, str | None]], dataset: str, group: str | None) -> list[int]:

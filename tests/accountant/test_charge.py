@@ -61,6 +61,27 @@ def test_without_a_pld_bound_the_renyi_bound_stands_in(monkeypatch):
     assert math.isfinite(expected)
 
 
+def test_without_any_bound_nothing_fits(monkeypatch):
+    class Silent:
+        def __init__(self, relation):
+            self.relation = relation
+
+        def compose_all(self, _events):
+            raise TooLarge("beyond the limits")
+
+    monkeypatch.setattr(room, "PLDAccountant", Silent)
+    monkeypatch.setattr(room, "RDPAccountant", Silent)
+    found = charge([SampledGaussian(1.3456, 0.01, 100)], relation="add_remove", delta=1e-5)
+    assert found == Charge(math.inf, math.inf)
+
+
+def test_replacing_a_record_costs_more():
+    event = SampledGaussian(1.0, 0.01, 100)
+    removed, replaced = (charge([event], relation=r, delta=1e-5) for r in ("add_remove", "replace_one"))
+    assert replaced.epsilon > removed.epsilon
+    assert replaced.epsilon_rdp > removed.epsilon_rdp
+
+
 def test_data_sets_are_linked_through_names_and_groups():
     members = [("notes", None), ("labs", "patients"), ("notes", "patients"), ("other", None), ("far", "else")]
     assert related(members, "labs", None) == [0, 1, 2]

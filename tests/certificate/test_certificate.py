@@ -177,6 +177,7 @@ AGAIN = Attested("x", 2, 1, EVENT)
         (lambda: certificate(accounted={"clinic-a": attested(0, 1), "b": ()}), "same clients"),
         (lambda: certificate(part(rounds=attested(0, event=None))), "speaks against"),
         (lambda: unprotected_but_stated(), "its events give"),
+        (lambda: certificate(epsilons={}), "no ε is stated"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """The guard of an honest federation: what it admits, remembers and repeats."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from client.guard import Granted, Guard, Lost, Refused, Replay
+from client.journal import Replies, State, Use
 from client.policy import DatasetPolicy
 from common import errors
 from common.charge import charge
@@ -143,6 +145,48 @@ def test_a_reply_that_cannot_be_stored_is_lost(parties, guard):
     with pytest.raises(Unavailable):
         guard.finish(request, update(1.0))
     assert guard.admit(request, shapes=SHAPES) == Lost()
+
+
+def test_only_the_newest_replies_are_kept(tmp_path):
+    replies = Replies(tmp_path / "replies", keep=2)
+    uses = [Use("coordinator", f"id-{number}", "hash", State.STARTED) for number in range(4)]
+    for number, use in enumerate(uses):
+        use.update_hash = replies.store(use, update(number))
+        os.utime(replies._path(use), ns=(number, number))
+    assert [replies.load(use) is None for use in uses] == [True, True, False, False]
+
+
+def test_one_starts_at_a_time(parties, guard):
+    first, second = parties.request(), parties.request(server_round=2, participation=1)
+    guard.admit(first, shapes=SHAPES)
+    guard.admit(second, shapes=SHAPES)
+    guard.start(first)
+    with pytest.raises(errors.Refused, match="another request"):
+        guard.start(second)
+
+
+def test_another_request_under_an_admitted_reservation_is_refused(parties, guard, change):
+    request = parties.request()
+    guard.admit(request, shapes=SHAPES)
+    other = change(request, parties, learning_rate=0.5)
+    refusal = guard.admit(other, shapes=SHAPES).refusal
+    assert (refusal.reason, refusal.voiding) == (RefusalReason.USED, False)
+    with pytest.raises(errors.Refused):
+        guard.start(other)
+
+
+def test_heads_are_signed(parties, guard):
+    guard.admit(parties.request(), shapes=SHAPES)
+    head, signature = guard.signed_head(parties.coordinator.public_key)
+    verify(guard.public_key, "head", {"head": head}, signature)
+    assert [use.state for use in guard.uses(parties.coordinator.public_key, "run")] == [State.RESERVED]
+
+
+def test_lines_that_no_guard_wrote_stop_it(parties):
+    with Ledger(parties.folder / "own.sqlite") as ledger:
+        ledger.append("replied", parties.coordinator.public_key, {"reservation_id": "unknown"})
+    with pytest.raises(LedgerCorrupt, match="makes no sense"):
+        parties.guard()
 
 
 def test_a_second_guard_on_the_same_ledger_refuses_to_start(parties, guard):

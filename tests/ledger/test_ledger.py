@@ -213,3 +213,31 @@ def test_the_body_is_stored_as_canonical_text(tmp_path):
     connection.close()
     assert text == '{"a":"ε","b":[1,2.5]}'
     assert json.loads(text) == {"a": "ε", "b": [1, 2.5]}
+
+
+def test_a_long_ledger_is_read_in_pages(ledger, monkeypatch):
+    from common import ledger as room
+
+    monkeypatch.setattr(room, "_PAGE", 7)
+    written = fill(ledger, 20)
+    assert list(ledger.entries()) == written
+    assert ledger.verify(anchor=written[6].hash) == 20
+    head = GENESIS
+    for entry in written:
+        head = scope_hash(head, entry.content) if entry.scope == "run-1" else head
+    assert ledger.head("run-1") == head
+    assert [entry.seq for entry in ledger.follow(seq=14, head=written[13].hash)] == list(range(15, 21))
+
+
+def test_following_from_a_wrong_head_is_found(ledger):
+    written = fill(ledger, 5)
+    with pytest.raises(LedgerCorrupt):
+        list(ledger.follow(seq=3, head=written[0].hash))
+
+
+def test_places_that_hold_no_ledger_are_named(tmp_path):
+    with pytest.raises(InvalidInput, match="neither a path"):
+        Ledger("://nothing")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Unavailable, match="cannot be created"):
+        Ledger(tmp_path / "file" / "ledger.sqlite")
