@@ -250,11 +250,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
     given = parser.parse_args(arguments)
     if given.steps < 1 or given.minutes <= 0 or given.save_every < 1 or given.threads < 1:
-        raise InvalidInput("--steps, --minutes, --save-every and --threads must be positive")
+        parser.error("--steps, --minutes, --save-every and --threads must be positive")
     torch.set_num_threads(given.threads)
     recipe = Recipe()
-    corpus = read_corpus(given.data, seed=recipe.seed)
-    print(pretrain(corpus, given.output, recipe, steps=given.steps, minutes=given.minutes, save_every=given.save_every))
+    try:
+        corpus = read_corpus(given.data, seed=recipe.seed)
+    except InvalidInput as error:
+        parser.error(str(error))
+    limits = {"steps": given.steps, "minutes": given.minutes, "save_every": given.save_every}
+    print(pretrain(corpus, given.output, recipe, **limits))
 
 
 if __name__ == "__main__":

@@ -114,5 +114,13 @@ def test_the_command_line_writes_a_backbone_and_refuses_no_steps(data, tmp_path,
     build_backbone.main([*given, "--steps", "2"])
     assert "held_out_loss" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    with pytest.raises(InvalidInput, match="--steps"):
+    with pytest.raises(SystemExit, match="2"):
         build_backbone.main([*given, "--steps", "0"])
+    assert "--steps" in capsys.readouterr().err
+
+
+def test_the_command_line_names_a_missing_file_without_a_traceback(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        build_backbone.main(["--data", str(tmp_path), "--output", str(tmp_path / "out"), "--threads", "1"])
+    assert MEDQUAD_FILE in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
