@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import gc
 import json
 import os
 import platform
@@ -116,7 +117,11 @@ def build(case: Case, device: str) -> nn.Module:
     )  # fmt: skip
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        backbone = LlamaForCausalLM(config).to(case.dtype)
+        torch.set_default_dtype(case.dtype)  # a 7B model is never held in float32
+        try:
+            backbone = LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
         model = get_peft_model(backbone, LoraConfig(r=case.rank, lora_alpha=16, target_modules=list(case.targets)))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -328,10 +333,12 @@ def run_case(case: Case, device: str, rounds: int, peer_every: int) -> dict:
         try:
             return _run_case(case, device, rounds, peer_every)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            if case.batch == 1:
-                return {"case": case.name, "batch": 0, "note": "does not fit with one example"}
-            case = replace(case, batch=case.batch // 2)
+            pass  # its traceback holds the failed tensors until this block is left
+        gc.collect()
+        torch.cuda.empty_cache()
+        if case.batch == 1:
+            return {"case": case.name, "batch": 0, "note": "does not fit with one example"}
+        case = replace(case, batch=case.batch // 2)
 
 
 def _run_case(case: Case, device: str, rounds: int, peer_every: int) -> dict:

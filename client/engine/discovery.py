@@ -19,6 +19,8 @@ from client.engine.sites import Frame, LinearSite, LoraSite, Site
 from common.errors import InvalidInput
 
 COUPLING_MODULES = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
+DYNAMIC_SCALES = ("float8", "fp8", "activationquantized", "dynamicquantized")
+"""Parts of the names of layers and tensors that scale a whole batch's activations by one number."""
 CAPACITY_SETTINGS = ("expert_capacity", "capacity_factor", "moe_capacity_factor", "expert_capacity_factor")
 
 
@@ -39,6 +41,15 @@ def refuse_coupling(model: nn.Module) -> None:
             raise InvalidInput(
                 f"{name}: {kind} (LLM.int8) chooses outlier columns from the whole batch, so records touch each other; "
                 "load the backbone in bfloat16 or in 4 bits instead"
+            )
+        kinds = {kind.lower(), *(type(p.data).__name__.lower() for p in module.parameters(recurse=False))}
+        if (
+            any(part in one for one in kinds for part in DYNAMIC_SCALES)
+            or "quantized.dynamic" in type(module).__module__
+        ):
+            raise InvalidInput(
+                f"{name}: {kind} scales activations by one number for the whole batch, so records touch each other; "
+                "use weight-only quantisation or bfloat16"
             )
         for setting in CAPACITY_SETTINGS:
             if getattr(module, setting, None) or getattr(getattr(module, "config", None), setting, None):

@@ -108,6 +108,16 @@ def test_eight_bit_bases_are_refused(build):
         engine_of(model)
 
 
+def test_dynamic_scales_are_refused_by_name(build):
+    class Float8Linear(nn.Linear):
+        pass
+
+    model = build("llama", dtype=torch.float32)
+    model.get_base_model().model.layers[1].mlp.up_proj = Float8Linear(16, 24)
+    with pytest.raises(InvalidInput, match=r"layers\.1\.mlp\.up_proj: Float8Linear.*weight-only"):
+        engine_of(model)
+
+
 def test_mixed_trainable_dtypes_are_named(build):
     model = build("llama", dtype=torch.float32)
     parameter = next(p for p in model.parameters() if p.requires_grad)
