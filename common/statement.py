@@ -76,17 +76,18 @@ def _clients(certificate: Certificate, epsilons: Mapping[str, Epsilons]) -> list
         if numbers.envelope_epsilon is None or numbers.epsilon is None:
             lines.append(f"- {part.client} ({part.dataset}): no guarantee")
             continue
-        rdp = "" if numbers.epsilon_rdp is None else f", by RDP {numbers.epsilon_rdp:.4g}"
+        rdp = "" if numbers.epsilon_rdp is None else f"; by RDP {_up(numbers.epsilon_rdp)}"
         estimate = ""
         if numbers.estimate is not None:
             regime = "in its regime" if numbers.estimate.in_regime else "outside its regime"
             estimate = f"; Edgeworth estimate {numbers.estimate.epsilon:.4g}, no guarantee, {regime}"
         claim = "" if certificate.private else "no guarantee; accounted as "
-        lines.append(
-            f"- {part.client} ({part.dataset}): {claim}ε ≤ {_up(numbers.envelope_epsilon)} at δ = {part.delta:g} "
-            f"(unit {part.unit}, relation {part.relation}, {part.sampler} sampling); for the {len(part.rounds)} rounds "
-            f"run, if the stop was not decided from outputs, ε ≤ {_up(numbers.epsilon)}{rdp}{estimate}"
-        )
+        meaning = f"(unit {part.unit}, relation {part.relation}, {part.sampler} sampling)"
+        bound = f"{claim}ε ≤ {_up(numbers.envelope_epsilon)} at δ = {part.delta:g}"
+        line = f"- {part.client} ({part.dataset}): {bound} {meaning}"
+        if numbers.epsilon < numbers.envelope_epsilon:
+            line += f"; for what was reserved, if the stop was not decided from outputs, ε ≤ {_up(numbers.epsilon)}"
+        lines.append(f"{line}{rdp}{estimate}")
     return ["\n".join(lines)] if lines else []
 
 

@@ -31,7 +31,10 @@ certificate_app = typer.Typer(name="certificate", help="Check what a run states 
 
 Source = Annotated[str, typer.Argument(metavar="LEDGER", help="SQLite file or database URL")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-Anchor = Annotated[str | None, typer.Option("--anchor", help="a head that the ledger must hold, or a file with it")]
+Anchor = Annotated[
+    str | None,
+    typer.Option("--anchor", help="a head that the ledger must hold, or a file with it (also a certificate)"),
+]
 
 
 def verify_ledger(source: str, *, anchor: str | None = None) -> dict[str, Any]:
@@ -48,17 +51,20 @@ def verify_ledger(source: str, *, anchor: str | None = None) -> dict[str, Any]:
 
 
 def read_anchor(text: str) -> str:
-    """A head given as 64 hexadecimal digits, or the one that a file holds.
+    """A head given as 64 hexadecimal digits, or the one that a file holds: an anchor, or a certificate that verifies.
 
     Raises:
-        InvalidInput: it is neither.
+        InvalidInput: it is none of them. LedgerCorrupt: the certificate does not verify.
     """
     candidate = text
     if len(text) != 64:
         try:
-            candidate = Path(text).read_text("ascii").strip()
-        except (OSError, ValueError) as error:
+            data = Path(text).read_bytes()
+        except OSError as error:
             raise InvalidInput(f"{text}: neither a head nor a readable file with one") from error
+        if data.startswith(b"{"):
+            return verify_certificate(data).certificate.accountant_head
+        candidate = data.decode("ascii", errors="replace").strip()
     if len(candidate) != 64 or set(candidate) - set("0123456789abcdef"):
         raise InvalidInput(f"{text}: holds no head (64 hexadecimal digits)")
     return candidate

@@ -110,6 +110,17 @@ def test_a_certificate_verifies_offline_and_every_epsilon_is_recomputed(data, tm
     assert Certificate.from_json(verdict.certificate.to_json()) == verdict.certificate
 
 
+def test_a_certificate_anchors_its_accountants_ledger(data, tmp_path):
+    from deploy.ledger_commands import read_anchor
+
+    path = tmp_path / "certificate.json"
+    path.write_bytes(data)
+    assert read_anchor(str(path)) == HEAD
+    path.write_bytes(data.replace(b"clinic-a", b"clinic-b"))
+    with pytest.raises(LedgerCorrupt):
+        read_anchor(str(path))
+
+
 def test_pinned_keys_are_told_apart(data):
     verdict = verify_certificate(data, public_key=COORDINATOR.public_key)
     assert verdict.pinned == ("coordinator",)
