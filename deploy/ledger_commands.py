@@ -33,7 +33,7 @@ Source = Annotated[str, typer.Argument(metavar="LEDGER", help="SQLite file or da
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 Anchor = Annotated[
     str | None,
-    typer.Option("--anchor", help="a head that the ledger must hold, or a file with it (also a certificate)"),
+    typer.Option("--anchor", help="a head the ledger must hold, or a file with it (also a certificate)"),
 ]
 
 
