@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +83,7 @@ class Terminal(Watcher):
 
     def stepped(self, client: str, step: int, steps: int) -> None:
         """One local step."""
-        self._bars.update(self._clients, note=f"{client} step {step}/{steps}")
+        self._bars.update(self._clients, note=escape(f"{client} step {step}/{steps}"))
 
     def answered(self, server_round: int, client: str, outcome: Outcome, reason: str) -> None:
         """One client's answer."""
@@ -98,7 +101,7 @@ class Terminal(Watcher):
     def round_ended(self, record: Mapping[str, Any]) -> None:
         """A line of metrics."""
         number = record["round"]
-        score = "" if record["score"] is None else f"score {record['score']:.4f}  loss {record['loss']:.4f}"
+        score = "" if record["score"] is None else f"score {_number(record['score'])}  loss {_number(record['loss'])}"
         self._bars.update(self._rounds, completed=number, note=score)
         step = max(1, self._total // EVERY_LINES)
         if not self._console.is_terminal and (number % step == 0 or number == self._total):
@@ -112,7 +115,7 @@ def closing(result: Result, console: Console) -> None:
     table.add_column("score", justify="right")
     table.add_column("loss", justify="right")
     for client in result.terms.clients:
-        table.add_column(f"ε {client.name}", justify="right")
+        table.add_column(escape(f"ε {client.name}"), justify="right")
     step = max(1, len(result.metrics) // 8)
     shown = [line for i, line in enumerate(result.metrics) if i % step == 0 or i == len(result.metrics) - 1]
     for line in shown:
@@ -130,6 +133,12 @@ def closing(result: Result, console: Console) -> None:
         f"check it: cloister certificate verify {escape(str(result.output))}/certificate.json",
         highlight=False,
     )
+
+
+def _command() -> str:
+    """How this very program is called from here: by name where it is on the path, else by its file."""
+    called = Path(sys.argv[0])
+    return called.name if shutil.which(called.name) else os.path.relpath(called)
 
 
 def _meaning(result: Result) -> str:
@@ -150,7 +159,7 @@ def _silos(terms: RunTerms) -> Table:
     for client in terms.clients:
         event = client.envelope.events[0] if client.envelope and client.envelope.events else None
         table.add_row(
-            client.name,
+            escape(client.name),
             str(client.declared_records),
             f"{client.expected_batch_size:g}",
             f"{client.expected_batch_size / client.declared_records:.4f}",
