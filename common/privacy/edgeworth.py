@@ -132,7 +132,7 @@ class EdgeworthAccountant:
         ends = []
         for sign in (-1, 1):
             worst = [
-                _solve(_plain_delta(sums, d, 1, sign * error_p, sign * error_q), sums, d, delta)
+                _solve(_plain_delta(sums, d, 1, sign * error_p, sign * error_q), sums, d, delta, first=sign > 0)
                 for d in ((0,) if self.relation == "replace_one" else (0, 1))
             ]
             ends.append(max(worst))
@@ -183,20 +183,26 @@ def plain_epsilon(cumulants: Array, direction: int, order: int, delta: float) ->
     return _solve(_plain_delta(cumulants, direction, order), cumulants, direction, delta), skewness
 
 
-def _solve(profile: Callable[[float], float], cumulants: Array, direction: int, delta: float) -> float:
-    """Return the last ε >= 0 at which ``profile`` falls to ``delta``; infinite if it never does.
+def _solve(
+    profile: Callable[[float], float], cumulants: Array, direction: int, delta: float, *, first: bool = False
+) -> float:
+    """Return the last (or the first) ε >= 0 at which ``profile`` falls to ``delta``; infinite if it never does.
 
-    An expansion is no distribution function: it oscillates, and far out it may be negative. Among several crossings the
-    last is taken. The search ends 12 standard deviations above the mean of the first distribution.
+    An expansion is no distribution function: it oscillates, and far out it may be negative. Among several crossings
+    the last is taken (of an upper bound on δ, whose every crossing counts, the first). The search ends 12 standard
+    deviations above the mean of the first distribution.
     """
     mean, spread = cumulants[direction][0] * (1 - 2 * direction), math.sqrt(cumulants[direction][1])
     grid = np.linspace(0.0, min(max(mean + 12 * spread, 1e-9), 700.0), _GRID)
-    above = np.flatnonzero([profile(float(x)) > delta for x in grid])
-    if not len(above):
+    above = np.array([profile(float(x)) > delta for x in grid])
+    if first and not above.all():
+        above[int(np.argmin(above)) :] = False
+    if not above.any():
         return 0.0
-    if above[-1] == len(grid) - 1:
+    if above[-1]:
         return math.inf
-    return float(brentq(lambda x: profile(x) - delta, grid[above[-1]], grid[above[-1] + 1], xtol=1e-13))
+    last = int(np.flatnonzero(above)[-1])
+    return float(brentq(lambda x: profile(x) - delta, grid[last], grid[last + 1], xtol=1e-13))
 
 
 @dataclass(frozen=True, slots=True)
