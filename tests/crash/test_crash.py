@@ -1,6 +1,7 @@
 """Random ``kill -9`` of accountant, coordinator and organisations: afterwards no book says less than the truth.
 
-``CLOISTER_KILLS`` sets how many (20 by default; 200 for a release). Every kill is logged with its time and victim.
+``CLOISTER_KILLS`` sets how many (20 by default; 200 for a release), ``CLOISTER_CRASH_SEED`` which. Every kill is logged
+with its time and victim (``pytest -s``).
 """
 
 import multiprocessing
@@ -151,7 +152,7 @@ def test_a_federation_with_a_few_kills_ends_with_true_books(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_many_random_kills_never_make_a_book_say_less_than_the_truth(tmp_path):
-    done, seed = 0, 100
+    done, seed = 0, int(os.environ.get("CLOISTER_CRASH_SEED", "100"))
     while done < KILLS:
         done += run_federation(tmp_path / f"run-{seed}", min(10, KILLS - done), seed)
         seed += 1

@@ -8,7 +8,7 @@ import pytest
 
 from client.guard import Guard
 from client.policy import DatasetPolicy, Policy
-from common.messages import Envelope, Plan, Reservation, SignedReservation, TrainRequest, adapter_hash
+from common.messages import Envelope, Plan, RefusalReason, Reservation, SignedReservation, TrainRequest, adapter_hash
 from common.privacy import SampledGaussian
 from common.signing import SigningKey
 
@@ -16,6 +16,36 @@ EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=4)
 ADAPTER = {"a.lora_B": np.zeros((4, 2), np.float32), "b.lora_B": np.ones((3, 2), np.float32)}
 SHAPES = {name: array.shape for name, array in ADAPTER.items()}
 NOW = 1_800_000_000.0
+COSTLY = SampledGaussian(noise_multiplier=0.5, sample_rate=0.05, steps=8)
+
+PLANS = {
+    "lower-noise-than-the-envelope": ({"event": SampledGaussian(0.9, 0.01, 4)}, RefusalReason.ENVELOPE),
+    "more-steps-than-the-envelope": (
+        {"event": SampledGaussian(1.0, 0.01, 5), "local_steps": 5},
+        RefusalReason.ENVELOPE,
+    ),
+    "larger-rate-than-the-envelope": ({"event": SampledGaussian(1.0, 0.02, 4)}, RefusalReason.ENVELOPE),
+    "a-place-outside-the-envelope": ({"participation": 3}, RefusalReason.ENVELOPE),
+    "less-noise-than-the-policy": ({"event": SampledGaussian(0.4, 0.01, 4)}, RefusalReason.POLICY),
+    "larger-rate-than-the-policy": ({"event": SampledGaussian(1.0, 0.06, 4)}, RefusalReason.POLICY),
+    "more-steps-than-the-policy": ({"event": SampledGaussian(1.0, 0.01, 9), "local_steps": 9}, RefusalReason.POLICY),
+    "an-unaffordable-envelope": (
+        {"event": COSTLY, "local_steps": 8, "envelope": Envelope((COSTLY,) * 9)},
+        RefusalReason.BUDGET,
+    ),
+    "more-local-steps-than-paid-for": ({"local_steps": 5}, RefusalReason.PLAN),
+    "no-clipping": ({"clipping_norm": 0.0}, RefusalReason.PLAN),
+    "no-privacy": ({"event": None}, RefusalReason.POLICY),
+    "another-client": ({"client": "clinic-b"}, RefusalReason.POLICY),
+    "an-unknown-data-set": ({"dataset": "other"}, RefusalReason.POLICY),
+    "another-declared-size": ({"declared_records": 999}, RefusalReason.POLICY),
+    "another-backbone": ({"backbone_hash": "c" * 64}, RefusalReason.BACKBONE),
+    "another-adapter": ({"adapter_hash": "d" * 64}, RefusalReason.ADAPTER),
+    "a-negative-place": ({"participation": -1}, RefusalReason.PLAN),
+    "a-batch-of-nothing": ({"expected_batch_size": 0.0}, RefusalReason.PLAN),
+    "a-round-before-the-first": ({"server_round": 0}, RefusalReason.PLAN),
+    "a-text-for-a-number": ({"local_steps": "4"}, RefusalReason.PLAN),
+}  # fmt: skip
 
 
 class Parties:
@@ -123,3 +153,9 @@ def guard(parties: Parties) -> Guard:
 @pytest.fixture
 def change() -> Callable[..., TrainRequest]:
     return with_plan
+
+
+@pytest.fixture(params=PLANS)
+def lie(request: pytest.FixtureRequest) -> tuple[dict[str, Any], RefusalReason]:
+    """What a lying coordinator writes into a plan, and the reason for which it is refused."""
+    return PLANS[request.param]
