@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ def simulate(config: RunConfig, watcher: Watcher | None = None) -> Result:
     fresh = not output.exists()
     with ExitStack() as stack:
         if fresh:
-            stack.callback(lambda: _remove_if_unstarted(output))
+            missing = [folder for folder in output.parents if not folder.exists()]
+            stack.callback(lambda: _remove_if_unstarted(output, missing))
         state = _make_folders(output)
         terms = _terms(config, run_id, prepared, inputs, workshop, state)
         _write_settings(state, config, run_id)
@@ -343,10 +344,14 @@ def _share(noise: Mapping[str, float], name: str) -> float:
     return noise[name] ** 2 / sum(value**2 for value in noise.values())
 
 
-def _remove_if_unstarted(output: Path) -> None:
-    """Leave nothing behind if not even round 0 was written."""
-    if output.exists() and not (output / "metrics.jsonl").exists():
-        shutil.rmtree(output, ignore_errors=True)
+def _remove_if_unstarted(output: Path, made: Sequence[Path] = ()) -> None:
+    """Leave nothing behind if not even round 0 was written, nor the empty folders ``made`` above it."""
+    if (output / "metrics.jsonl").exists():
+        return
+    shutil.rmtree(output, ignore_errors=True)
+    with suppress(OSError):
+        for folder in made:
+            folder.rmdir()
 
 
 @contextmanager

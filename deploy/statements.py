@@ -198,8 +198,9 @@ def model_card(run: Run, certificate: Certificate, metrics: Sequence[Mapping[str
     if last["score"] is not None:
         what = "accuracy" if run.config.task == "classification" else "next-token accuracy on completion tokens"
         score = (
-            f"{what} on the public set: {last['score']:.4f} after round {last['round']} "
-            f"(untrained: {first['score']:.4f}); loss {last['loss']:.4f} (untrained: {first['loss']:.4f})"
+            f"{what} on the public set: {_number(last['score'])} after round {last['round']} "
+            f"(untrained: {_number(first['score'])}); loss {_number(last['loss'])} "
+            f"(untrained: {_number(first['loss'])})"
         )
     return (
         "---\nlibrary_name: peft\ntags:\n- lora\n- differential-privacy\n- federated-learning\n---\n"
@@ -208,6 +209,10 @@ def model_card(run: Run, certificate: Certificate, metrics: Sequence[Mapping[str
         f"`{run.terms.backbone_hash[:16]}…`. {score}.\n\n"
         f"## Privacy\n\n{statement(certificate)}\n"
     )
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def read_settings(adapter: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ answered gives the same bytes, and one that had begun says ``lost``, which is ch
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -303,8 +304,8 @@ class RoundLoop:
         }
         return {
             "round": server_round,
-            "score": None if scored is None else scored.score,
-            "loss": None if scored is None else scored.loss,
+            "score": None if scored is None else _finite(scored.score),
+            "loss": None if scored is None else _finite(scored.loss),
             "epsilon": epsilon if private else None,
             "seconds": round(seconds, 3),
         }
@@ -313,6 +314,11 @@ class RoundLoop:
         checkpoints.save(state, self._path)
         self._on_metrics(state.metrics)
         self._listener.round_ended(state.metrics[-1])
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for a loss that overflowed: it is null."""
+    return value if math.isfinite(value) else None
 
 
 def registration(client: ClientTerms, public_key: str, terms: RunTerms) -> Registration:

@@ -281,6 +281,15 @@ def test_a_public_set_scores_where_it_is_due(federation, trainer):
     assert len(seen) == 4
 
 
+def test_a_loss_that_overflowed_is_null_so_that_every_line_is_json(federation, trainer):
+    class Scored:
+        score, loss = 0.0, float("nan")
+
+    done = federation([trainer("a")], rounds=1).loop(evaluate=lambda adapter: Scored).run()
+    assert [line["loss"] for line in done.metrics] == [None, None]
+    assert [line["score"] for line in done.metrics] == [0.0, 0.0]
+
+
 def test_an_initial_adapter_of_other_terms_is_refused(federation, trainer):
     fed = federation([trainer("a")])
     exchange = fed.exchange()

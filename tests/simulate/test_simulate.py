@@ -367,7 +367,7 @@ def test_bad_input_is_one_line_exit_code_2_and_leaves_no_folder(tmp_path, cloist
     text = " ".join(found.err.replace("│", " ").split())
     assert re.search(message, text), text
     assert "Traceback" not in found.err
-    assert not output.exists()
+    assert not output.parent.exists()
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path, cloister, options):
@@ -411,3 +411,29 @@ def test_a_record_cut_or_set_aside_is_told_to_the_organisation(tmp_path, cloiste
     assert "east: 2 of 32 records are longer than the context and are cut" in found.out
     assert "east: 3 records keep no completion token and are set aside" in found.out
     assert "west: " not in found.out
+
+
+def test_a_silos_name_is_no_markup(tmp_path, cloister, options):
+    rows = [
+        {"prompt": "a", "completion": "b", "ward": name} for name in ("[/red]", "[bold]x", "a/../b") for _ in range(30)
+    ]
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = cloister("simulate", **options(tmp_path / "run", rounds=1, data=file, silo_column="ward", eval_data=None))
+    assert found.code == 0, found.err
+    assert "[/red]" in found.out
+    assert set(metrics(tmp_path / "run")[-1]["epsilon"]) == {"[/red]", "[bold]x", "a/../b"}
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "run"], "a silo's name is no path"
+
+
+def test_a_run_that_is_still_going_is_not_resumed_beside_itself(finished, cloister):
+    from client.journal import lock_exclusively
+
+    release = lock_exclusively(finished.output / "state" / "clients" / "0002" / "ledger.sqlite.lock")
+    try:
+        found = cloister("simulate", "--resume", output=finished.output)
+    finally:
+        release()
+    assert found.code == 5
+    assert "another trainer uses this ledger" in found.err
+    assert cloister("simulate", "--resume", output=finished.output).code == 0
