@@ -34,10 +34,10 @@ def build_server_app(serve: Callable[[Grid, Context], None]) -> ServerApp:
     """A ServerApp whose main calls ``serve`` with Flower's grid and context."""
     app = ServerApp()
 
-    @app.main()
     def main(grid: Grid, context: Context) -> None:
         serve(grid, context)
 
+    app.main()(main)
     return app
 
 
