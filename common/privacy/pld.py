@@ -57,12 +57,11 @@ class PLDAccountant:
         relation: ``add_remove``, ``zero_out`` (the same cost) or ``replace_one``.
     """
 
-    __slots__ = ("_answers", "_composition", "relation")
+    __slots__ = ("_composition", "relation")
 
     def __init__(self, relation: checks.Relation = "add_remove") -> None:
         self.relation: checks.Relation = checks.known_relation(relation)
         self._composition = Composition(self.relation)
-        self._answers: dict[tuple[str, float], float] = {}
 
     @property
     def events(self) -> tuple[SampledGaussian, ...]:
@@ -111,11 +110,7 @@ class PLDAccountant:
         return self._answer("epsilon_lower", checks.delta_above_floor(delta=delta), self._epsilon_lower)
 
     def _answer(self, what: str, argument: float, compute: Callable[[float], float]) -> float:
-        if not self._composition.counts:
-            return 0.0
-        if (what, argument) not in self._answers:
-            self._answers[what, argument] = compute(argument)
-        return self._answers[what, argument]
+        return self._composition.answer(what, argument, compute) if self._composition.counts else 0.0
 
     def _epsilon(self, delta: float) -> float:
         if self._composition.only_gaussian():
