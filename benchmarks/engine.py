@@ -451,6 +451,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", help="only this case; may be repeated")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--peer-every", type=int, default=3, help="peers run in every n-th round")
+    parser.add_argument("--batch", type=int, help="examples in a batch, instead of the case's own number")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak-of", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
@@ -464,6 +465,8 @@ def main() -> None:
         return
     if asked.case:
         cases = tuple(case for case in cases if case.name in asked.case)
+    if asked.batch:
+        cases = tuple(replace(case, batch=asked.batch) for case in cases)
     title = f"\n## {datetime.date.today()} engine ({_commit()})\n\n"
     if asked.memory:
         lines = [
