@@ -193,9 +193,9 @@ def test_a_second_guard_on_the_same_ledger_refuses_to_start(parties, guard):
     with pytest.raises(errors.Refused, match="another trainer"):
         parties.guard()
     code = (
-        "import sys; from pathlib import Path; from client.journal import lock_exclusively\n"
-        "from common.errors import Refused\n"
-        "try:\n    lock_exclusively(Path(sys.argv[1]))\nexcept Refused:\n    sys.exit(5)"
+        "import fcntl, sys\n"
+        "try:\n    fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except OSError:\n    sys.exit(5)"
     )
     lock = parties.folder / "own.sqlite.lock"
     assert subprocess.run([sys.executable, "-c", code, lock], cwd=ROOT, check=False).returncode == 5
