@@ -20,7 +20,7 @@ from common.privacy.pairs import Array
 TOLERANCE: Final = 1e-4  # relative error of ε that the spacing aims at
 _RESERVE: Final = math.log(1e7)  # masses set aside (tails, folding) are about 1e-7 of δ
 _FEWEST: Final = 2**11  # points of a transform that cost next to nothing
-_MOST: Final = 2**22
+_MOST: Final = 2**21
 FAINTEST: Final = 1e-18  # a δ below this is answered by this one's ε
 _MOST_WORK: Final = 2**25  # points of all distinct transforms together: about 10 s and 2 GiB at the peak
 _COARSEST: Final = 0.02  # a predicted relative error of ε above this is refused
