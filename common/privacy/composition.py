@@ -170,15 +170,17 @@ class Composition:
         for key, steps in sorted(_counted(self.events[covered:]).items()):
             if key[1] < 1:
                 product = product.times(_step_spectrum(key, self.relation, grid), steps)
-        while len(self._products) > 1 and grid not in self._products:
-            del self._products[next(iter(self._products))]
-        self._products[grid] = (len(self.events), product)
-        mu = self.gaussian_mu()
-        return (
-            product.times(_spectrum((1 / mu * (1 - 1e-15), 1.0), "add_remove", grid, self.directions), 1)
-            if mu
-            else product
-        )
+        others = [item for item in self._products.items() if item[0] != grid]
+        self._products = {**dict(others[-1:]), grid: (len(self.events), product)}
+        mu = self.gaussian_mu() * (1 + 1e-15)
+        if not mu:
+            return product
+        if mu > _STRONGEST:
+            raise TooLarge(
+                f"unsampled steps mixed with sampled ones must amount to μ of at most {_STRONGEST:g} to be computed "
+                f"soundly, got {mu:g}"
+            )
+        return product.times(_spectrum((1 / mu, 1.0), "add_remove", grid, self.directions), 1)
 
 
 def _counted(events: Iterable[SampledGaussian], start: Mapping[Key, int] | None = None) -> dict[Key, int]:

@@ -123,6 +123,8 @@ def test_strong_steps_and_endless_lists_are_refused_not_guessed():
         PLDAccountant().compose(SampledGaussian(0.01, 0.5)).epsilon(1e-5)
     with pytest.raises(TooLarge, match="steps must be at most"):
         PLDAccountant().compose(SampledGaussian(1.0, 0.5, 10**10))
+    with pytest.raises(TooLarge, match="must amount to μ of at most"):
+        PLDAccountant().compose(SampledGaussian(1.0, 1.0, 10**4), SampledGaussian(1.0, 0.5)).epsilon(1e-5)
     with pytest.raises(TooLarge, match="refused rather than approximated"):
         PLDAccountant().compose(SampledGaussian(0.3, 0.999, 10**9)).epsilon(1e-5)
 
