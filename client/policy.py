@@ -124,7 +124,8 @@ class Policy(_Strict):
         backbones: SHA-256 of the backbones that may be trained.
         coordinator_keys, accountant_keys: pinned Ed25519 public keys.
         expires: after this moment everything is refused; a date without a zone is UTC.
-        release: when replies leave: ``immediate`` (timing is unprotected) or at a public ``slot``.
+        release: when replies leave: ``immediate`` (timing is unprotected). A public slot is refused, not ignored, as
+            long as no trainer keeps one.
         anchor: a file, outside this machine, that holds the ledger's last head.
         anchor_command: instead of a file, a program that keeps it (``client/anchor.py``).
     """
@@ -138,7 +139,7 @@ class Policy(_Strict):
     coordinator_keys: tuple[PublicKey, ...] = Field(min_length=1)
     accountant_keys: tuple[PublicKey, ...] = Field(min_length=1)
     expires: datetime | None = None
-    release: Literal["immediate", "slot"] = "immediate"
+    release: Literal["immediate"] = "immediate"
     anchor: Path | None = None
     anchor_command: tuple[str, ...] = ()
 

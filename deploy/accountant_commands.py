@@ -12,6 +12,7 @@ import typer
 from common.errors import InvalidInput
 from common.ledger import Ledger
 from common.signing import SigningKey, fingerprint
+from deploy.ledger_commands import read_anchor
 from server.accountant import EmbeddedAccountant
 from server.accountant_service import Tls, serve
 
@@ -36,10 +37,16 @@ def _serve(
         Path | None, typer.Option("--tls-authority", help="PEM; who signs the callers' certificates")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="plain text, on loopback or a Unix socket only")] = False,
+    anchor: Annotated[
+        str | None, typer.Option("--anchor", help="a head the ledger must hold, or a file with it (also a certificate)")
+    ] = None,
 ) -> None:
-    """Verify the ledger, then answer until SIGTERM."""
+    """Verify the ledger, then answer until SIGTERM; a ledger older than its anchor is not served."""
     tls = tls_files(tls_certificate, tls_key, tls_authority, insecure=insecure)
+    head = None if anchor is None else read_anchor(anchor)
     with Ledger(ledger) as book:
+        if head is not None:
+            book.verify(anchor=head)
         accountant = EmbeddedAccountant(book, SigningKey.load_or_create(key))
         server, listening = serve(accountant, address, tls=tls)
         stopped = threading.Event()

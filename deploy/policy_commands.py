@@ -33,7 +33,7 @@ backbones = []                # SHA-256 of each backbone that may be trained
 coordinator-keys = {coordinator_keys}
 accountant-keys = {accountant_keys}
 # expires = 2030-01-01
-release = "immediate"         # or "slot": replies leave at a public moment
+release = "immediate"         # replies leave when they are ready: timing is not protected
 # anchor = "/mnt/elsewhere/head"   # a file outside this machine; shows a ledger that was set back
 
 [datasets.{dataset}]
@@ -89,8 +89,7 @@ def check_policy_file(path: Path, *, records: dict[str, int] | None = None) -> d
             )
     if not policy.is_anchored:
         warnings.append("no anchor: a ledger that is set back to an older state will not be noticed")
-    if policy.release == "immediate":
-        warnings.append("release is immediate: when replies leave may depend on the records")
+    warnings.append("release is immediate: when replies leave may depend on the records")
     if not policy.backbones:
         warnings.append("no backbone is allowed: every request will be refused")
     return {

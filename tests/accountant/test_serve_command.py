@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from common.errors import InvalidInput
+from common.errors import InvalidInput, LedgerCorrupt
 from common.privacy import SampledGaussian
 from deploy.accountant_commands import accountant_app, tls_files
 from server.accountant import Ask, Outcome
@@ -70,4 +70,6 @@ def test_plain_text_must_be_asked_for_and_excludes_certificates(tmp_path):
     options = ["--ledger", str(tmp_path / "l.sqlite"), "--key", str(tmp_path / "k")]
     public = ["--insecure", "--address", "0.0.0.0:0"]
     assert isinstance(CliRunner().invoke(app, ["accountant", "serve", *options]).exception, InvalidInput)
+    old = ["accountant", "serve", *options, "--insecure", "--anchor", "f" * 64]
+    assert isinstance(CliRunner().invoke(app, old).exception, LedgerCorrupt)
     assert isinstance(CliRunner().invoke(app, ["accountant", "serve", *options, *public]).exception, InvalidInput)

@@ -21,7 +21,7 @@ backbones = ["{"b" * 64}"]
 coordinator-keys = ["{KEY}"]
 accountant-keys = ["{KEY}"]
 expires = 2030-01-01
-release = "slot"
+release = "immediate"
 anchor = "/mnt/elsewhere/head"
 
 [datasets.notes]
@@ -60,7 +60,7 @@ def test_a_policy_is_read_with_its_defaults(tmp_path):
         (("target-epsilon = 8.0", "target-epsilon = 8.0\nrun-epsilon = 9"), "run-epsilon"),
         (("declared-records = 12000", "declared-records = 0"), "declared-records"),
         (("max-sample-rate = 0.2", "max-sample-rate = 1.1"), "max-sample-rate"),
-        (('release = "slot"', 'release = "later"'), "release"),
+        (('release = "immediate"', 'release = "slot"'), "release"),
         ((f'accountant-keys = ["{KEY}"]', 'accountant-keys = ["AAAA"]'), "Ed25519"),
         ((f'accountant-keys = ["{KEY}"]', "accountant-keys = []"), "accountant-keys"),
         (("[datasets.notes]", "[datasets.notes"), "cannot be read"),
@@ -113,9 +113,10 @@ def test_init_writes_a_policy_that_check_accepts(tmp_path):
     assert not spoiled.exists()
 
 
-def test_a_policy_with_everything_set_has_no_warning(tmp_path):
+def test_a_policy_with_everything_set_is_warned_of_timing_alone(tmp_path):
     (tmp_path / "policy.toml").write_text(GOOD)
-    assert check_policy_file(tmp_path / "policy.toml")["warnings"] == []
+    (warning,) = check_policy_file(tmp_path / "policy.toml")["warnings"]
+    assert "when replies leave" in warning
 
 
 def test_budget_shows_what_is_left_while_the_trainer_runs(parties, guard, tmp_path):
