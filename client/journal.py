@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load, save
 
 from common.charge import related
 from common.errors import LedgerCorrupt, Refused, Unavailable
@@ -197,6 +196,8 @@ class Replies:
 
     def store(self, use: Use, update: Arrays) -> str:
         """Write the update, durably and at once or not at all; returns its hash."""
+        from safetensors.numpy import save  # of the extra ``client``: a coordinator looks at budgets without it
+
         try:
             write_durably(self._path(use), save(as_sent(update)))
         except OSError as error:
@@ -206,6 +207,8 @@ class Replies:
 
     def load(self, use: Use) -> Arrays | None:
         """The stored update; None when it is gone or is not what was recorded."""
+        from safetensors.numpy import load
+
         try:
             update: Arrays = load(self._path(use).read_bytes())
             return update if adapter_hash(update) == use.update_hash else None

@@ -75,7 +75,10 @@ def create_engine(url_or_path: str | Path, *, read_only: bool) -> tuple[str, sa.
         )
     url = url.set(drivername="postgresql+psycopg")
     options = {"postgresql_readonly": True} if read_only else {}
-    engine = sa.create_engine(url, pool_pre_ping=True, execution_options=options)
+    try:
+        engine = sa.create_engine(url, pool_pre_ping=True, execution_options=options)
+    except ImportError as error:
+        raise InvalidInput("ledger: PostgreSQL needs psycopg; pip install 'cloister[postgres]'") from error
     sa.event.listen(engine, "connect", _require_durable_commits)
     return url.render_as_string(hide_password=True), engine
 

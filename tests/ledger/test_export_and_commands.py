@@ -104,3 +104,19 @@ def test_faults_reach_the_caller_as_our_errors(path, tmp_path):
         read_anchor(str(tmp_path / "bad"))
     (tmp_path / "c.json").write_text("{}")
     assert isinstance(run(certificate_app, "verify", tmp_path / "c.json").exception, LedgerCorrupt)
+
+
+def test_the_commands_load_on_a_coordinator_without_the_clients_libraries():
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'peft', 'safetensors', 'datasets', 'psycopg', 'grpc_tools'):\n"
+        "    sys.modules[name] = None\n"
+        "import deploy.ledger_commands, deploy.policy_commands, deploy.accountant_commands, server.remote_accountant\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

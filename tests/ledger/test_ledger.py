@@ -241,3 +241,11 @@ def test_places_that_hold_no_ledger_are_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(Unavailable, match="cannot be created"):
         Ledger(tmp_path / "file" / "ledger.sqlite")
+
+
+def test_a_missing_driver_is_named_with_the_way_out(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(InvalidInput, match=r"cloister\[postgres\]"):
+        Ledger("postgresql+psycopg://nobody@127.0.0.1:1/none")
