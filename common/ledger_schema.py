@@ -108,6 +108,8 @@ def _sqlite(path: Path, *, read_only: bool) -> tuple[str, sa.Engine]:
         except OSError as error:
             raise Unavailable(f"the ledger {path} cannot be created: {error.strerror}") from error
     uri = f"file:{quote(str(path))}?mode={'ro' if read_only else 'rw'}"
+    if read_only and _is_at_rest(path):
+        uri += "&immutable=1"
 
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(uri, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
@@ -117,6 +119,11 @@ def _sqlite(path: Path, *, read_only: bool) -> tuple[str, sa.Engine]:
         sa.event.listen(engine, "connect", _sqlite_settings)
     sa.event.listen(engine, "begin", _begin)
     return str(path), engine
+
+
+def _is_at_rest(path: Path) -> bool:
+    """Whether nobody writes, and nothing can be put beside: an auditor's copy on a medium that cannot be written."""
+    return not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
 
 
 def _create_durably(path: Path) -> None:

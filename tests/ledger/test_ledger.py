@@ -249,3 +249,14 @@ def test_a_missing_driver_is_named_with_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(InvalidInput, match=r"cloister\[postgres\]"):
         Ledger("postgresql+psycopg://nobody@127.0.0.1:1/none")
+
+
+def test_an_auditors_copy_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    path = tmp_path / "copy.sqlite"
+    with Ledger(path) as ledger:
+        head = fill(ledger)[-1].hash
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with Ledger(path, read_only=True) as reader:
+        assert reader.verify(anchor=head) == 20
+        assert sorted(tmp_path.iterdir()) == before
