@@ -20,7 +20,7 @@ from common.privacy.discretise import LADDER, LossGrid, discretise, log_moments
 from common.privacy.events import SampledGaussian
 from common.privacy.grids import Grid, Window
 from common.privacy.pairs import Array, dominating_pair
-from common.privacy.spectrum import Complex, Spectrum, Store, power, transform
+from common.privacy.spectrum import CACHE_BYTES, Complex, Spectrum, Store, power, transform
 
 Key = tuple[float, float]  # noise multiplier, sample rate
 
@@ -82,13 +82,13 @@ class Caches:
         self.answers: Store[_Answer] = Store(capacity // 6)
 
 
-_shared = Caches(192 * 2**20)
+_shared = Caches(CACHE_BYTES)
 
 
 def clear_caches() -> None:
     """Forget all shared spectra (for measurements that must start cold)."""
     global _shared
-    _shared = Caches(192 * 2**20)
+    _shared = Caches(CACHE_BYTES)
 
 
 class Composition:

@@ -22,7 +22,7 @@ from common.privacy.discretise import ULP, LossGrid, log_sum_exp
 from common.privacy.grids import Grid
 
 Complex = NDArray[np.complex128]
-CACHE_BYTES: Final = 192 * 2**20
+CACHE_BYTES: Final = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
