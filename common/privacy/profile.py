@@ -76,16 +76,13 @@ class _Direction:
         self._reference = max(0.0, self._log_norm / self._tilt)
         self._growth = np.exp(np.clip(self._loss - self._reference, -_LARGEST, _LARGEST))
         self._far = self._loss - self._reference  # beyond ±600 nothing is read off the cut values
-        mass = folded * self._tilted_back(self._loss)
+        tilted_back = np.exp(np.minimum(self._log_norm - self._tilt * self._loss, _LARGEST))  # e^(K − θ·loss)
+        mass = folded * tilted_back
         self._above, self._discounted = _sums_above(mass), _sums_above(mass / self._growth)
-        self._error = self._transform_error(folded) * self._tilted_back(self._loss)
+        self._error = self._transform_error(folded) * tilted_back
         self._error += 4 * grid.size * ULP * _sums_above(np.abs(mass))
         chernoff = self._log_tail - grid.order * grid.size * grid.spacing + self._slack
         self._always = float(product.infinite[d]) + math.exp(min(0.0, chernoff))
-
-    def _tilted_back(self, loss: Array) -> Array:
-        """Return e^(K − θ·loss)."""
-        return np.asarray(np.exp(np.minimum(self._log_norm - self._tilt * loss, _LARGEST)))
 
     def _transform_error(self, folded: Array) -> float:
         """Return the bound on the floating error of Σ x_j c_j; see the module's docstring."""
