@@ -145,6 +145,10 @@ def test_the_finite_sample_bound_is_of_the_published_size(sigma, q, steps, under
     assert bound_p == pytest.approx(under_p, rel=0.1)
 
 
+def test_the_finite_sample_bound_says_nothing_for_one_rare_step():
+    assert min(expansion_error(0.6, 1e-3, 1, "add_remove")) > 1
+
+
 def test_the_interval_speaks_only_where_it_says_something():
     fine_tuning = EdgeworthAccountant(1, tilted=False).compose(SampledGaussian(0.8, 0.01, 2000)).estimate(1e-5)
     assert fine_tuning.interval is None

@@ -110,3 +110,7 @@ def test_sampled_events_have_no_mu():
     with pytest.raises(ValueError, match="sample_rate must be 1"):
         composed_mu([SampledGaussian(1.0, 0.5)])
     assert composed_mu([SampledGaussian(2.0, 1.0, 4), SampledGaussian(1.0)]) == pytest.approx(math.sqrt(2))
+
+
+def test_a_weak_gaussian_costs_nothing_at_a_large_delta():
+    assert gdp_epsilon(1e-3, 0.1) == 0.0
