@@ -16,7 +16,6 @@ from typing import Any
 
 from client.adapter import save, set_arrays
 from client.guard import Guard
-from client.journal import State
 from common.certificate import (
     Attested,
     Certificate,
@@ -29,12 +28,12 @@ from common.certificate import (
     sign_part,
     statement,
 )
-from common.config import RunConfig
-from common.errors import InvalidInput
-from common.ledger import GENESIS
+from common.code import code_digest
+from common.config import RunConfig, default_delta
+from common.errors import InvalidInput, Refused
 from common.messages import Arrays, Envelope, adapter_hash
 from common.privacy import EdgeworthAccountant
-from common.signing import SigningKey, digest
+from common.signing import SigningKey
 from common.statement import not_protected
 from server.accountant import EmbeddedAccountant
 from server.checkpoint import write_atomically
@@ -43,7 +42,8 @@ from server.terms import ClientTerms, RunTerms
 SETTINGS = "cloister.json"
 """Beside the adapter: what ``cloister evaluate`` and ``cloister generate`` need to use it as it was trained."""
 
-BEGUN = frozenset({State.STARTED, State.REPLIED, State.LOST})
+ROOMS = ("client", "common", "server")
+"""The packages whose source is named by the certificate's digest."""
 
 
 def write_metrics(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -69,7 +69,7 @@ class Run:
         """The signed certificate: each client signs its own part, the coordinator the whole."""
         terms = self.terms
         parts = tuple(self._part(client, guards[client.name]) for client in terms.clients)
-        accounted = {client.name: self._accounted(client.name) for client in terms.clients}
+        accounted = {client.name: self.accountant.attested(terms.run_id, client.name) for client in terms.clients}
         epsilons = {item.part.client: self._epsilons(item, accounted[item.part.client]) for item in parts}
         reasons = self._reasons()
         head, signature = self.accountant.signed_head()
@@ -102,32 +102,31 @@ class Run:
         return issue(self.coordinator, certificate)
 
     def _part(self, client: ClientTerms, guard: Guard) -> SignedPart:
+        """What the organisation attests from its own book; a client that was never asked attests that nothing began."""
         coordinator = self.coordinator.public_key
-        uses = [use for use in guard.uses(coordinator, self.terms.run_id) if use.state in BEGUN]
+        program = code_digest(*ROOMS)
+        try:
+            return guard.part(coordinator, self.terms.run_id, client.dataset, code_digest=program)
+        except Refused:  # nothing was ever charged: it was never asked
+            pass
+        head = guard.head(coordinator)
         part = ClientPart(
             run_id=self.terms.run_id,
             client=client.name,
             dataset=client.dataset,
             public_key=guard.public_key,
             relation=self.terms.relation,
-            delta=client.target_delta or min(1e-5, 0.1 / client.declared_records),
+            delta=client.target_delta or default_delta(client.declared_records),
             target_epsilon=client.target_epsilon,
             declared_records=client.declared_records,
             clipping_norm=self.terms.clipping_norm,
             envelope=client.envelope or Envelope(()),
-            rounds=tuple(Attested(use.reservation_id, use.server_round, use.participation, use.event) for use in uses),
-            first_head=GENESIS,
-            last_head=guard.head(coordinator),
-            code_digest=code_digest(),
+            rounds=(),
+            first_head=head,
+            last_head=head,
+            code_digest=program,
         )
         return sign_part(self.client_keys[client.name], part)
-
-    def _accounted(self, name: str) -> tuple[Attested, ...]:
-        return tuple(
-            Attested(held.reservation.reservation_id, held.reservation.server_round, held.participation,
-                     held.reservation.event)
-            for held in self.accountant.counting(self.terms.run_id, name)
-        )  # fmt: skip
 
     def _epsilons(self, item: SignedPart, accounted: Sequence[Attested]) -> Epsilons:
         events = [one.event for one in accounted if one.event is not None]
@@ -158,15 +157,6 @@ class Run:
                 "neighbouring data set has a record that contributes nothing instead"
             )
         return tuple(notes)
-
-
-def code_digest() -> str:
-    """SHA-256 over this installation's own source files, by name: what every party of a simulation ran."""
-    root = Path(__file__).resolve().parent.parent
-    files = sorted(
-        file for room in ("common", "client", "server") for file in (root / room).rglob("*.py") if file.is_file()
-    )
-    return digest([[str(file.relative_to(root)), digest(file.read_text("utf-8"))] for file in files])
 
 
 def write_adapter(

@@ -43,7 +43,7 @@ class Recipe:
         context: tokens the model can see, and the length of a training window.
         windows_per_step: windows in one optimizer step.
         document_tokens: a document longer than this is cut, so that long tables do not fill the corpus.
-        muon_rate: Muon's learning rate, for the matrices of the layers (a third fewer steps than AdamW needs).
+        muon_rate: Muon's learning rate, for the matrices of the layers.
         adam_rate: AdamW's, for the embedding and the norms.
         weight_decay: both optimizers', as a share of the weights per unit of learning rate.
         warmup_steps: both rates rise over these steps, stay, and fall as a cosine to 2 % in the second half.
