@@ -130,7 +130,7 @@ def closing(result: Result, console: Console) -> None:
     console.print(_meaning(result), highlight=False)
     console.print(
         f"adapter, certificate, metrics, ledger and report: {escape(str(result.output))}/\n"
-        f"check it: cloister certificate verify {escape(str(result.output))}/certificate.json",
+        f"check it: {_command()} certificate verify {escape(str(result.output))}/certificate.json",
         highlight=False,
     )
 
