@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from client.engine import Engine, NoiseSource, private_step
+from client.engine import Adam, Engine, NoiseSource, Sgd, private_step
 from client.engine.batches import Example
 from client.guard import Granted, Guard, Lost, Refused, Replay
 from common.messages import (
@@ -157,7 +157,7 @@ class Trainer:
             else NoiseSource.seeded(self._test_seed, f"{plan.client}/{plan.server_round}/{plan.attempt}")
         )
         engine.load(request.adapter)
-        optimizer = local_optimizer(plan, engine.num_parameters)
+        optimizer = local_optimizer(plan)
         draw = self._sampler(plan, noise.generator())
         for step in range(1, plan.local_steps + 1):
             gradient = self._gradient(plan, draw(), noise)
@@ -186,20 +186,6 @@ class Trainer:
         )
 
 
-def local_optimizer(plan: Plan, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Gradient to step, by the plan's optimizer; its state lives for one round and never leaves."""
-    rate = plan.learning_rate
-    if plan.optimizer == "sgd":
-        return lambda gradient: rate * gradient
-    first, second = torch.zeros(size), torch.zeros(size)
-    count = 0
-
-    def adam(gradient: torch.Tensor) -> torch.Tensor:  # Kingma, Ba 2015, Algorithm 1
-        nonlocal count
-        count += 1
-        first.mul_(0.9).add_(gradient, alpha=0.1)
-        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        corrected = first / (1 - 0.9**count)
-        return rate * corrected / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
-
-    return adam
+def local_optimizer(plan: Plan) -> Sgd | Adam:
+    """The plan's optimizer with a state of its own: it lives for one round and never leaves."""
+    return Sgd(plan.learning_rate) if plan.optimizer == "sgd" else Adam(plan.learning_rate)

@@ -263,7 +263,7 @@ def test_local_adam_is_torchs(organisation):
     plan = clinic.request(optimizer="adam", learning_rate=0.05).plan
     parameter = torch.nn.Parameter(torch.zeros(7))
     witness = torch.optim.Adam([parameter], lr=0.05)
-    ours, step = torch.zeros(7), local_optimizer(plan, 7)
+    ours, step = torch.zeros(7), local_optimizer(plan)
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         parameter.grad = torch.randn(7, generator=generator)
