@@ -113,6 +113,9 @@ class RunConfig(_Settings):
     server_schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="how the server's learning rate falls over the rounds"
     )
+    averaging: Literal["none", "tail"] = Field(
+        "none", description="what is scored and saved: the last adapter, or the mean over the last half of the rounds"
+    )
     weights: Literal["uniform", "declared"] = Field(
         "uniform", description="public weights of the average: equal, or by declared records"
     )

@@ -1,7 +1,7 @@
 """The state of a run after a finished round, in one file that is replaced as a whole: there is never half of one.
 
-The file is numpy's ``.npz`` without pickles. It holds the adapter, the server optimizer's state, the finished rounds'
-metrics and the digest of the run's terms; a file of another run or with a changed byte is refused.
+The file is numpy's ``.npz`` without pickles. It holds the adapter, the server optimizer's and the average's state, the
+finished rounds' metrics and the digest of the run's terms; a file of another run or with a changed byte is refused.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Checkpoint:
     Attributes:
         plan_hash: of the run's terms. adapter: the global adapter. optimizer: the server optimizer's state.
         metrics: one object per finished round, from round 0. left: clients that have left for good.
+        average: state of the average of adapters, empty without one.
     """
 
     plan_hash: str
@@ -41,6 +42,7 @@ class Checkpoint:
     optimizer: dict[str, npt.NDArray[Any]] = field(repr=False)
     metrics: tuple[dict[str, Any], ...] = ()
     left: tuple[str, ...] = ()
+    average: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -58,6 +60,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     }
     arrays: dict[str, npt.NDArray[Any]] = {f"adapter/{name}": array for name, array in checkpoint.adapter.items()}
     arrays |= {f"optimizer/{name}": array for name, array in checkpoint.optimizer.items()}
+    arrays |= {f"average/{name}": array for name, array in checkpoint.average.items()}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
@@ -94,6 +97,7 @@ def load(path: Path, plan_hash: str) -> Checkpoint | None:
         optimizer={name[10:]: array for name, array in arrays.items() if name.startswith("optimizer/")},
         metrics=tuple(header["metrics"]),
         left=tuple(header["left"]),
+        average={name[8:]: array for name, array in arrays.items() if name.startswith("average/")},
     )
 
 

@@ -7,7 +7,8 @@ One round, in this order, each step durable before the next:
 3. answers are read one by one in the order of client names, checked, and added to the average;
 4. everything that was sent is charged, whatever became of it; only a client's signed word that it never trained and
    never will gives a reservation back;
-5. the server optimizer moves the adapter, the public set scores it, and the checkpoint replaces the old one.
+5. the server optimizer moves the adapter, the public set scores it (or the average of adapters, where one is asked
+   for), and the checkpoint replaces the old one.
 
 A loop that is killed anywhere goes on from its checkpoint: the same request is sent again, a trainer that has
 answered gives the same bytes, and one that had begun says ``lost``, which is charged and never trained again.
@@ -31,6 +32,7 @@ from server import checkpoint as checkpoints
 from server.accountant import Answer as Permissions
 from server.accountant import Ask, Budget, Denial, EmbeddedAccountant, Outcome, Registration
 from server.aggregation import ServerOptimizer, WeightedMean
+from server.averaging import TailAverage
 from server.checkpoint import Checkpoint
 from server.exchange import Answer, Exchange, Failure
 from server.terms import ClientTerms, RunTerms
@@ -66,7 +68,10 @@ class Listener:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that reached its last round: the adapter, and one metrics object per round from round 0."""
+    """A run that reached its last round: the adapter, and one metrics object per round from round 0.
+
+    With ``averaging`` the adapter is the average; what clients trained on were the raw iterates.
+    """
 
     adapter: Arrays = field(repr=False)
     metrics: tuple[dict[str, Any], ...]
@@ -107,6 +112,7 @@ class RoundLoop:
         self._listener = listener or Listener()
         self._clock = clock
         self._optimizer = ServerOptimizer(terms.server_optimizer, terms.server_learning_rate, terms.server_schedule)
+        self._average = TailAverage(terms.averaging, terms.rounds)
 
     def run(self) -> Finished:
         """Run every round that is not finished yet.
@@ -119,7 +125,7 @@ class RoundLoop:
         state = self._start()
         while state.server_round < self._terms.rounds:
             state = self._round(state)
-        return Finished(state.adapter, state.metrics)
+        return Finished(self._average.released(state.adapter), state.metrics)
 
     def _start(self) -> Checkpoint:
         terms = self._terms
@@ -133,6 +139,7 @@ class RoundLoop:
                 raise LedgerCorrupt(f"{self._path}: its adapter has other shapes than this run's")
             if found.optimizer:
                 self._optimizer.restore(found.optimizer)
+            self._average.restore(found.average)
             self._settle()
             self._on_metrics(found.metrics)
             return found
@@ -166,10 +173,17 @@ class RoundLoop:
         if server_round == 1 and mean.count == 0:
             raise Unavailable("no client gave an update in round 1, so nothing can be trained: see the reasons above")
         adapter = state.adapter if mean.count == 0 else self._moved(state, mean)
-        record = self._record(server_round, adapter, self._clock() - started)
+        self._average.add(server_round, adapter)
+        record = self._record(server_round, self._average.released(adapter), self._clock() - started)
         left = (*state.left, *(denial.client for denial in permissions.denied))
         following = Checkpoint(
-            state.plan_hash, server_round, adapter, self._optimizer.state(), (*state.metrics, record), left
+            state.plan_hash,
+            server_round,
+            adapter,
+            self._optimizer.state(),
+            (*state.metrics, record),
+            left,
+            self._average.state(),
         )
         self._write(following)
         return following

@@ -67,6 +67,7 @@ class RunTerms:
     initial_hash: str
     public_seed: int
     server_schedule: str = "constant"
+    averaging: str = "none"
     deadline_s: float = field(default=3600.0)
 
     def client(self, name: str) -> ClientTerms:
@@ -173,6 +174,7 @@ def draw_up(
         initial_hash=first.initial_hash,
         public_seed=config.public_seed,
         server_schedule=config.server_schedule,
+        averaging=config.averaging,
     )
 
 
