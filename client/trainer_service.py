@@ -14,7 +14,8 @@ import grpc
 
 from common.errors import CloisterError, InvalidInput, Unavailable
 from common.messages import Description, Refusal, Reply, Status, StatusCode, TrainRequest
-from common.wire import trainer_pb2_grpc, translate
+from common.wire import trainer as translate
+from common.wire import trainer_pb2_grpc
 
 LARGEST_MESSAGE = 512 * 2**20
 SERVICE = "cloister.v1.Trainer"

@@ -22,7 +22,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from common.errors import CloisterError, InvalidInput, Unavailable
 from common.ledger import Entry
-from common.wire import accountant_pb2, accountant_pb2_grpc, faults, translate
+from common.wire import accountant as translate
+from common.wire import accountant_pb2, accountant_pb2_grpc, faults
 from server.accountant import EmbeddedAccountant
 
 SERVICE = "cloister.v1.Accountant"

@@ -18,7 +18,8 @@ from common.history import SignedHistory
 from common.ledger import Row
 from common.messages import Refusal
 from common.signing import verify
-from common.wire import accountant_pb2, accountant_pb2_grpc, faults, translate
+from common.wire import accountant as translate
+from common.wire import accountant_pb2, accountant_pb2_grpc, faults
 from server.accountant_service import LARGEST_MESSAGE, Tls, is_local
 
 

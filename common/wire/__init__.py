@@ -1,1 +1,1 @@
-"""The messages of ``proto/cloister/v1`` as generated code, and ``translate``, which alone reads and writes them."""
+"""The messages of ``proto/cloister/v1`` as generated code; ``shared``, ``accountant`` and ``trainer`` read and write them."""

@@ -8,7 +8,8 @@ from client.guard import Granted, Lost, Replay
 from client.trainer_service import SERVICE, RemoteTrainer, serve
 from common.errors import InvalidInput, Unavailable
 from common.messages import Description, Refusal, RefusalReason, Reply, Status, StatusCode
-from common.wire import trainer_pb2, translate
+from common.wire import trainer as translate
+from common.wire import trainer_pb2
 
 SHAPES = {"a.lora_B": (4, 2), "b.lora_B": (3, 2)}
 DESCRIPTION = Description("clinic-a", "notes", "key", 1000, "b" * 64, SHAPES, tuple(SHAPES), "h" * 64)

@@ -28,7 +28,7 @@ from common.messages import (
 )
 from common.privacy import SampledGaussian
 from common.signing import SigningKey
-from common.wire import accountant_pb2, faults, messages_pb2, trainer_pb2, translate
+from common.wire import accountant, accountant_pb2, faults, messages_pb2, shared, trainer, trainer_pb2
 from common.wire.generate import HERE, generate
 
 KEY = SigningKey.generate()
@@ -73,7 +73,7 @@ envelopes = st.lists(st.one_of(events, st.just(EVENT)), max_size=6).map(lambda l
 def test_reservations_keep_every_bit_so_that_signatures_hold(run_id, client, server_round, attempt, event):
     reservation = Reservation("00ff", run_id, server_round, client, "notes", attempt, event)
     signed = SignedReservation(reservation, KEY.sign("reservation", reservation.to_json()), "h", "s")
-    assert translate.read_signed(over_the_wire(translate.write_signed(signed))) == signed
+    assert shared.read_signed(over_the_wire(shared.write_signed(signed))) == signed
 
 
 @settings(deadline=None)
@@ -100,7 +100,7 @@ def test_requests_keep_every_bit_so_that_signatures_hold(envelope, event, optimi
         envelope=envelope,
     )
     request = TrainRequest(plan, KEY.sign("plan", plan.to_json()), SIGNED, adapter)
-    found = translate.read_train_request(over_the_wire(translate.write_train_request(request)))
+    found = trainer.read_train_request(over_the_wire(trainer.write_train_request(request)))
     assert (found.plan, found.plan_signature, found.reservation) == (plan, request.plan_signature, SIGNED)
     assert found.request_hash == request.request_hash
     assert adapter_hash(found.adapter) == plan.adapter_hash
@@ -110,19 +110,19 @@ def test_requests_keep_every_bit_so_that_signatures_hold(envelope, event, optimi
 @pytest.mark.parametrize("reason", list(RefusalReason))
 def test_every_refusal_comes_back(reason):
     refusal = Refusal.sign(KEY, "id", "f" * 64, reason, voiding=True)
-    found = translate.read_train_response(over_the_wire(translate.write_train_response(refusal)))
+    found = trainer.read_train_response(over_the_wire(trainer.write_train_response(refusal)))
     assert found == refusal
     found.check(KEY.public_key)
 
 
 @pytest.mark.parametrize("code", list(StatusCode))
 def test_every_status_comes_back(code):
-    assert translate.read_train_response(over_the_wire(translate.write_train_response(Status(code)))) == Status(code)
+    assert trainer.read_train_response(over_the_wire(trainer.write_train_response(Status(code)))) == Status(code)
 
 
 def test_a_reply_comes_back_and_has_no_fourth_field():
     reply = Reply({"a": np.array([1.0, np.pi], np.float32)}, "id", "head")
-    found = translate.read_train_response(over_the_wire(translate.write_train_response(reply)))
+    found = trainer.read_train_response(over_the_wire(trainer.write_train_response(reply)))
     assert (found.reservation_id, found.ledger_head, adapter_hash(found.update)) == (
         "id",
         "head",
@@ -134,33 +134,33 @@ def test_a_reply_comes_back_and_has_no_fourth_field():
 
 def test_the_accountants_answers_come_back(tmp_path):
     answer = Answer((SIGNED,), (Denial("b", 1.0, 2.0, 0.5, "envelope"), Denial("c", 1.0, 2.0, 0.5)), {"id": 4})
-    assert translate.read_answer(over_the_wire(translate.write_answer(answer))) == answer
+    assert accountant.read_answer(over_the_wire(accountant.write_answer(answer))) == answer
     asks = (Ask("a", EVENT, 2), Ask("b", None))
-    assert tuple(translate.read_ask(over_the_wire(translate.write_ask(ask))) for ask in asks) == asks
+    assert tuple(accountant.read_ask(over_the_wire(accountant.write_ask(ask))) for ask in asks) == asks
     opened = (OpenReservation(SIGNED, True), OpenReservation(SIGNED, False))
-    assert translate.read_open(over_the_wire(translate.write_open(opened))) == opened
+    assert accountant.read_open(over_the_wire(accountant.write_open(opened))) == opened
     outcomes = {f"id-{outcome}": outcome for outcome in Outcome}
-    request = accountant_pb2.CommitRequest(outcomes=translate.write_outcomes(outcomes))
-    assert translate.read_outcomes(over_the_wire(request).outcomes) == outcomes
+    request = accountant_pb2.CommitRequest(outcomes=accountant.write_outcomes(outcomes))
+    assert accountant.read_outcomes(over_the_wire(request).outcomes) == outcomes
     counting = (Attested("id", 1, 0, EVENT), Attested("id-2", 2, 1, None))
     spent = Spent((EVENT,), float("inf"), 2.0, 3.0, 1e-5)
-    message = over_the_wire(translate.write_spent(spent, counting, 2, 1))
-    assert translate.read_spent(message) == (spent, counting)
+    message = over_the_wire(accountant.write_spent(spent, counting, 2, 1))
+    assert accountant.read_spent(message) == (spent, counting)
     registrations = {
         "a": Registration("notes", Budget(1.0, 1e-5, lifetime_epsilon=3.0), Envelope((EVENT,) * 9), "key", "group"),
         "b": Registration("labs", None, Envelope(()), "key"),
     }
-    messages = [over_the_wire(translate.write_registration(name, item)) for name, item in registrations.items()]
-    assert translate.read_registrations(messages) == registrations
+    messages = [over_the_wire(accountant.write_registration(name, item)) for name, item in registrations.items()]
+    assert accountant.read_registrations(messages) == registrations
     with Ledger(tmp_path / "l.sqlite") as ledger:
         for key in (None, "k"):
             entry = ledger.append("a", "s", {"x": 1}, idempotency_key=key)
-            assert translate.read_line(over_the_wire(translate.write_line(entry))) == Row(*entry.row())
+            assert accountant.read_line(over_the_wire(accountant.write_line(entry))) == Row(*entry.row())
 
 
 def test_a_description_comes_back():
     description = Description("a", "notes", "key", 1000, "b" * 64, {"x": (2, 3), "y": ()}, ("x",), "h" * 64)
-    assert translate.read_description(over_the_wire(translate.write_description(description))) == description
+    assert trainer.read_description(over_the_wire(trainer.write_description(description))) == description
 
 
 @pytest.mark.parametrize(
@@ -174,23 +174,23 @@ def test_a_description_comes_back():
 )
 def test_tensors_of_a_wrong_form_are_invalid(tensor):
     with pytest.raises(InvalidInput):
-        translate.read_arrays([trainer_pb2.Tensor(**tensor)])
+        trainer.read_arrays([trainer_pb2.Tensor(**tensor)])
     good = trainer_pb2.Tensor(name="a", shape=[1], data=b"1234")
     with pytest.raises(InvalidInput, match="twice"):
-        translate.read_arrays([good, good])
+        trainer.read_arrays([good, good])
 
 
 def test_absurd_envelopes_unknown_enums_and_absent_parts_are_invalid():
-    part = messages_pb2.EnvelopePart(event=translate.write_event(EVENT), count=60_000)
+    part = messages_pb2.EnvelopePart(event=shared.write_event(EVENT), count=60_000)
     for read, message in (
-        (translate.read_envelope, messages_pb2.Envelope(parts=[part, part])),
-        (translate.read_envelope, messages_pb2.Envelope(parts=[messages_pb2.EnvelopePart(count=2)])),
-        (translate.read_refusal, messages_pb2.Refusal()),
-        (translate.read_refusal, messages_pb2.Refusal(reason=99)),
-        (translate.read_train_response, trainer_pb2.TrainResponse()),
-        (translate.read_train_response, trainer_pb2.TrainResponse(status=0)),
-        (translate.read_train_request, trainer_pb2.TrainRequest()),
-        (translate.read_signed, messages_pb2.SignedReservation()),
+        (shared.read_envelope, messages_pb2.Envelope(parts=[part, part])),
+        (shared.read_envelope, messages_pb2.Envelope(parts=[messages_pb2.EnvelopePart(count=2)])),
+        (shared.read_refusal, messages_pb2.Refusal()),
+        (shared.read_refusal, messages_pb2.Refusal(reason=99)),
+        (trainer.read_train_response, trainer_pb2.TrainResponse()),
+        (trainer.read_train_response, trainer_pb2.TrainResponse(status=0)),
+        (trainer.read_train_request, trainer_pb2.TrainRequest()),
+        (shared.read_signed, messages_pb2.SignedReservation()),
     ):
         with pytest.raises(InvalidInput):
             read(message)
@@ -202,10 +202,10 @@ def test_arbitrary_bytes_are_read_or_refused(data):
     from google.protobuf.message import DecodeError
 
     for kind, read in (
-        (trainer_pb2.TrainRequest, translate.read_train_request),
-        (trainer_pb2.TrainResponse, translate.read_train_response),
-        (accountant_pb2.ReserveResponse, translate.read_answer),
-        (messages_pb2.SignedReservation, translate.read_signed),
+        (trainer_pb2.TrainRequest, trainer.read_train_request),
+        (trainer_pb2.TrainResponse, trainer.read_train_response),
+        (accountant_pb2.ReserveResponse, accountant.read_answer),
+        (messages_pb2.SignedReservation, shared.read_signed),
     ):
         try:
             read(kind.FromString(data))

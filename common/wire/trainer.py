@@ -1,0 +1,123 @@
+"""The trainer's messages to values and back; see ``common/wire/shared.py`` for what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from common.errors import InvalidInput
+from common.messages import Arrays, Description, Plan, Refusal, Reply, Status, StatusCode, TrainRequest
+from common.wire import trainer_pb2
+from common.wire.shared import (
+    enumeration,
+    known,
+    named,
+    present,
+    read_envelope,
+    read_event,
+    read_refusal,
+    read_signed,
+    strict,
+    write_envelope,
+    write_event,
+    write_refusal,
+    write_signed,
+)
+
+_STATUSES, _STATUS_NUMBERS = enumeration(trainer_pb2.StatusCode, "STATUS_CODE_", StatusCode)
+
+
+def write_arrays(arrays: Arrays) -> list[trainer_pb2.Tensor]:
+    """In the order of the names."""
+    return [
+        trainer_pb2.Tensor(
+            name=name, shape=arrays[name].shape, data=np.ascontiguousarray(arrays[name], dtype="<f4").tobytes()
+        )
+        for name in sorted(arrays)
+    ]
+
+
+@strict
+def read_arrays(messages: Iterable[trainer_pb2.Tensor]) -> Arrays:
+    """Raw numbers and nothing else: no pickle, no other type, exactly as many bytes as the shape says."""
+    arrays: Arrays = {}
+    for message in messages:
+        named(tensor=message.name)
+        if message.name in arrays:
+            raise InvalidInput(f"tensor {message.name} is there twice")
+        shape = tuple(message.shape)
+        size = 1
+        for length in shape:
+            size *= length
+        if len(message.data) != 4 * size or len(shape) > 8:
+            raise InvalidInput(f"tensor {message.name}: {len(message.data)} bytes are not those of shape {shape}")
+        arrays[message.name] = np.frombuffer(message.data, dtype="<f4").reshape(shape).astype(np.float32)
+    return arrays
+
+
+def write_train_request(request: TrainRequest) -> trainer_pb2.TrainRequest:
+    """Everything a trainer gets for one round."""
+    own = request.plan
+    body = {name: getattr(own, name) for name in own.__dataclass_fields__}
+    body |= {"event": write_event(own.event), "envelope": write_envelope(own.envelope)}
+    return trainer_pb2.TrainRequest(
+        plan=trainer_pb2.Plan(**body),
+        plan_signature=request.plan_signature,
+        reservation=write_signed(request.reservation),
+        adapter=write_arrays(request.adapter),
+    )
+
+
+@strict
+def read_train_request(message: trainer_pb2.TrainRequest) -> TrainRequest:
+    """The inverse of ``write_train_request``; nothing is believed yet."""
+    present(message, "plan", "reservation")
+    own = message.plan
+    present(own, "envelope")
+    body = {name: getattr(own, name) for name in Plan.__dataclass_fields__}
+    body |= {"event": read_event(own), "envelope": read_envelope(own.envelope)}
+    return TrainRequest(
+        Plan(**body), message.plan_signature, read_signed(message.reservation), read_arrays(message.adapter)
+    )
+
+
+def write_train_response(answer: Reply | Refusal | Status) -> trainer_pb2.TrainResponse:
+    """One of the three things that may leave."""
+    if isinstance(answer, Refusal):
+        return trainer_pb2.TrainResponse(refusal=write_refusal(answer))
+    if isinstance(answer, Status):
+        return trainer_pb2.TrainResponse(status=_STATUS_NUMBERS[answer.code])
+    update = write_arrays(answer.update)
+    reply = trainer_pb2.Reply(update=update, reservation_id=answer.reservation_id, ledger_head=answer.ledger_head)
+    return trainer_pb2.TrainResponse(reply=reply)
+
+
+@strict
+def read_train_response(message: trainer_pb2.TrainResponse) -> Reply | Refusal | Status:
+    """The inverse of ``write_train_response``."""
+    kind = message.WhichOneof("answer")
+    if kind == "reply":
+        reply = message.reply
+        return Reply(read_arrays(reply.update), reply.reservation_id, reply.ledger_head)
+    if kind == "refusal":
+        return read_refusal(message.refusal)
+    if kind == "status":
+        return Status(known(_STATUSES, message.status, "status"))
+    raise InvalidInput("TrainResponse: there is no answer in it")
+
+
+def write_description(description: Description) -> trainer_pb2.Description:
+    """The public facts of a trainer."""
+    body = {name: getattr(description, name) for name in description.__dataclass_fields__}
+    body["shapes"] = {name: trainer_pb2.Shape(sizes=shape) for name, shape in description.shapes.items()}
+    return trainer_pb2.Description(**body)
+
+
+@strict
+def read_description(message: trainer_pb2.Description) -> Description:
+    """The inverse of ``write_description``."""
+    body = {name: getattr(message, name) for name in Description.__dataclass_fields__}
+    body["shapes"] = {name: tuple(shape.sizes) for name, shape in message.shapes.items()}
+    body["trained"] = tuple(message.trained)
+    return Description(**body)
