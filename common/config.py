@@ -110,7 +110,7 @@ class RunConfig(_Settings):
     learning_rate: float = Field(1.0, gt=0, description="of the local optimizer")
     server_optimizer: Literal["fedavg", "fedavgm", "fedadam"] = Field("fedadam", description="server optimizer")
     server_learning_rate: float = Field(1e-2, gt=0, description="of the server optimizer")
-    server_schedule: Literal["constant", "linear", "cosine"] = Field(
+    server_schedule: Literal["constant", "linear", "cosine", "step", "exponential"] = Field(
         "constant", description="how the server's learning rate falls over the rounds"
     )
     averaging: Literal["none", "tail"] = Field(
@@ -119,7 +119,16 @@ class RunConfig(_Settings):
     weights: Literal["uniform", "declared"] = Field(
         "uniform", description="public weights of the average: equal, or by declared records"
     )
-    noise_schedule: Literal["constant"] = Field("constant", description="noise multiplier over the rounds")
+    noise_schedule: Literal["constant", "step", "exponential", "cosine", "lr-matched"] = Field(
+        "constant", description="noise multiplier over the rounds, calibrated as a whole to the target ε"
+    )
+    noise_final: float = Field(
+        0.5, gt=0, le=100, description="last round's noise over the first's (exponential, cosine); above 1 it grows"
+    )
+    noise_drop: float = Field(0.5, gt=0, le=10, description="factor on the noise at each step of the step schedule")
+    noise_every: int | None = Field(
+        default=None, ge=1, description="rounds between two steps of the step schedule; default a quarter of the rounds"
+    )
     noise_allocation: Literal["uniform"] = Field("uniform", description="noise over the adapter's tensors")
     engine: Literal["fused", "opacus"] = Field("fused", description="per-example gradients: fused, or Opacus hooks")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")

@@ -26,7 +26,8 @@ from common.privacy.calibrate import (
 from common.privacy.checks import Relation, count, known_relation, positive
 from common.privacy.events import checked
 from common.privacy.gdp import composed_mu, gdp_epsilon
-from common.privacy.schedules import noise_schedule
+from common.privacy.schedules import calibrate_factor
+from server.schedules import shape_of
 
 SAMPLER = "poisson"
 MOST_POINTS = 200
@@ -34,33 +35,72 @@ MOST_POINTS = 200
 
 
 @dataclass(frozen=True)
+class NoiseShape:
+    """How the noise moves over the rounds: the settings ``noise-schedule``, ``noise-final``, … of a run."""
+
+    schedule: str = "constant"
+    final: float = 0.5
+    drop: float = 0.5
+    every: int | None = None
+    server_schedule: str = "constant"
+
+    def relative(self, rounds: int) -> list[float]:
+        """Relative noise of each round, 1 at the first."""
+        found = shape_of(
+            self.schedule,
+            rounds,
+            final=self.final,
+            drop=self.drop,
+            every=self.every,
+            server_schedule=self.server_schedule,
+        )
+        return [float(one) for one in found]
+
+
+@dataclass(frozen=True)
 class RoundPlan:
-    """Equal rounds: what ``cloister plan`` starts from.
+    """Rounds of equal size: what ``cloister plan`` starts from.
 
     Attributes:
-        noise_multiplier: σ.
+        noise_multiplier: σ, of the first round.
         sample_rate: q.
         local_steps: steps per round.
         rounds: number of rounds.
+        shape: how σ moves over the rounds.
     """
 
     noise_multiplier: float
     sample_rate: float
     local_steps: int
     rounds: int
+    shape: NoiseShape = NoiseShape()
 
     def __post_init__(self) -> None:
         count(rounds=self.rounds)
-        _ = self.event
+        _ = self.event, self.shape.relative(1)
 
     @property
     def event(self) -> SampledGaussian:
-        """What one round costs."""
+        """What the first round costs."""
         return SampledGaussian(self.noise_multiplier, self.sample_rate, self.local_steps)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether every round has the same noise."""
+        return self.shape.schedule == "constant"
+
     def after(self, rounds: int) -> tuple[SampledGaussian, ...]:
-        """What the first ``rounds`` rounds cost, as one event; empty before the first."""
-        return (replace(self.event, steps=self.local_steps * rounds),) if rounds else ()
+        """What the first ``rounds`` rounds cost, as few events as say it; empty before the first."""
+        if self.is_constant:
+            return (replace(self.event, steps=self.local_steps * rounds),) if rounds else ()
+        return self.between(0, rounds)
+
+    def between(self, done: int, rounds: int) -> tuple[SampledGaussian, ...]:
+        """What the rounds after the first ``done``, up to ``rounds``, cost."""
+        if self.is_constant:
+            return self.after(rounds - done)
+        relative = self.shape.relative(self.rounds)[done:rounds]
+        return tuple(replace(self.event, noise_multiplier=self.noise_multiplier * one) for one in relative)
 
 
 @dataclass(frozen=True)
@@ -159,14 +199,8 @@ def plan_report(
     fits = sigma = None
     if target_epsilon is not None:
         budget = positive(target_epsilon=target_epsilon)
-        fits = largest_count_meeting(lambda n: certified(plan.after(n), target_delta, relation), budget)
-        sigma = calibrate_noise_multiplier(
-            target_epsilon=budget,
-            target_delta=target_delta,
-            sample_rate=plan.sample_rate,
-            steps=plan.rounds * plan.local_steps,
-            relation=relation,
-        )
+        fits = _rounds_that_fit(plan, budget, target_delta, relation)
+        sigma = _noise_for(plan, budget, target_delta, relation)
     return PlanReport(
         plan=plan,
         epsilon=epsilon,
@@ -181,6 +215,30 @@ def plan_report(
         target_epsilon=target_epsilon,
         dials=tuple(_dials(plan, epsilon, target_delta, relation)),
     )
+
+
+def _rounds_that_fit(plan: RoundPlan, epsilon: float, delta: float, relation: Relation) -> int:
+    """Rounds within ε; a schedule has no rounds beyond the planned ones."""
+    if plan.is_constant:
+        return largest_count_meeting(lambda n: certified(plan.after(n), delta, relation), epsilon)
+    low, high = 0, plan.rounds
+    while low < high:
+        middle = (low + high + 1) // 2
+        if certified(plan.after(middle), delta, relation) <= epsilon:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _noise_for(plan: RoundPlan, epsilon: float, delta: float, relation: Relation) -> float:
+    """σ of the first round that just meets (ε, δ) with the planned rounds."""
+    target: dict[str, Any] = {"target_epsilon": epsilon, "target_delta": delta, "relation": relation}
+    if plan.is_constant:
+        steps = plan.rounds * plan.local_steps
+        return calibrate_noise_multiplier(sample_rate=plan.sample_rate, steps=steps, **target)
+    relative = plan.shape.relative(plan.rounds)
+    return calibrate_factor(relative, steps=plan.local_steps, sample_rate=plan.sample_rate, **target)[0]
 
 
 def accountant_rows(events: Sequence[SampledGaussian], delta: float, relation: Relation) -> tuple[AccountantRow, ...]:
@@ -219,7 +277,7 @@ def _curve(plan: RoundPlan, delta: float, relation: Relation) -> Iterator[CurveP
     pld, rdp, last = PLDAccountant(relation), RDPAccountant(relation), 0
     estimate = EdgeworthAccountant(2, tilted=True, relation=relation)
     for server_round in shown:
-        step = plan.after(server_round - last)
+        step = plan.between(last, server_round)
         pld, rdp, last = pld.compose_all(step), rdp.compose_all(step), server_round
         try:
             estimate = estimate.compose_all(step)
@@ -355,7 +413,8 @@ class CalibrationReport:
         epsilon: certified at that σ.
         noise_multiplier_rdp: what Rényi accounting would ask for.
         noise_saved: 1 − noise_multiplier / noise_multiplier_rdp.
-        noise_schedule: the shape over the rounds.
+        noise_schedule: the shape over the rounds; ``noise_multiplier``, its comparison with RDP, and what is allowed
+            at RDP's noise are those of constant noise.
         noise_multipliers: σ of each round.
         steps_at_rdp_noise: how many steps PLD allows with the noise that RDP asks for.
         sample_rate_at_rdp_noise: how large q may be with it.
@@ -391,11 +450,7 @@ def calibration_report(
     rounds: int,
     local_steps: int = 1,
     relation: Relation = "add_remove",
-    schedule: str = "constant",
-    final: float = 0.5,
-    drop: float = 0.5,
-    every: int = 1,
-    learning_rates: Sequence[float] | None = None,
+    shape: NoiseShape = NoiseShape(),
 ) -> CalibrationReport:
     """Compute everything that ``cloister calibrate`` prints.
 
@@ -412,19 +467,10 @@ def calibration_report(
     by_rdp = calibrate_noise_multiplier(sample_rate=sample_rate, steps=steps, accountant=RDPAccountant, **target)
     epsilon = certified((SampledGaussian(sigma, sample_rate, steps),), target_delta, relation)
     sigmas: tuple[float, ...] = (sigma,) * rounds
-    if schedule != "constant":
-        held = noise_schedule(
-            schedule,  # type: ignore[arg-type]  # an unknown one is refused by name
-            rounds=rounds,
-            steps=local_steps,
-            sample_rate=sample_rate,
-            final=final,
-            drop=drop,
-            every=every,
-            learning_rates=learning_rates,
-            **target,
-        )
-        sigmas, epsilon = held.noise_multipliers, held.epsilon
+    if shape.schedule != "constant":
+        relative = shape.relative(rounds)
+        factor, epsilon = calibrate_factor(relative, steps=local_steps, sample_rate=sample_rate, **target)
+        sigmas = tuple(factor * one for one in relative)
     return CalibrationReport(
         sampler=SAMPLER,
         unit="record",
@@ -435,7 +481,7 @@ def calibration_report(
         epsilon=epsilon,
         noise_multiplier_rdp=by_rdp,
         noise_saved=1 - sigma / by_rdp,
-        noise_schedule=schedule,
+        noise_schedule=shape.schedule,
         noise_multipliers=sigmas,
         steps_at_rdp_noise=calibrate_steps(noise_multiplier=by_rdp, sample_rate=sample_rate, **target),
         sample_rate_at_rdp_noise=calibrate_sample_rate(noise_multiplier=by_rdp, steps=steps, **target),

@@ -19,6 +19,7 @@ from common.privacy.schedules import KINDS
 from deploy.plan import (
     CalibrationReport,
     FederationReport,
+    NoiseShape,
     PlanReport,
     RoundPlan,
     calibration_report,
@@ -36,6 +37,15 @@ Delta = Annotated[
 RelationOption = Annotated[str, typer.Option("--relation", help="add_remove, zero_out or replace_one")]
 Rounds = Annotated[int, typer.Option("--rounds", help="rounds of the run")]
 Steps = Annotated[int, typer.Option("--local-steps", help="DP-SGD steps per round")]
+Schedule = Annotated[str, typer.Option("--noise-schedule", help=", ".join(KINDS))]
+Final = Annotated[float, typer.Option("--noise-final", help="last round's noise over the first's")]
+Drop = Annotated[float, typer.Option("--noise-drop", help="factor of the step schedule")]
+Every = Annotated[
+    int | None, typer.Option("--noise-every", help="rounds between two steps of the step schedule; default a quarter")
+]
+ServerSchedule = Annotated[
+    str, typer.Option("--server-schedule", help="the server's learning rate, which lr-matched noise follows")
+]
 
 
 def plan(
@@ -53,6 +63,11 @@ def plan(
     target_epsilon: Annotated[float | None, typer.Option("--target-epsilon", help="budget to fit rounds into")] = None,
     target_delta: Delta = None,
     relation: RelationOption = "add_remove",
+    noise_schedule: Schedule = "constant",
+    noise_final: Final = 0.5,
+    noise_drop: Drop = 0.5,
+    noise_every: Every = None,
+    server_schedule: ServerSchedule = "constant",
     plot: Annotated[Path | None, typer.Option("--plot", help="write ε over the rounds to FILE.png or FILE.svg")] = None,
     as_json: Json = False,
 ) -> None:
@@ -67,9 +82,9 @@ def plan(
     if noise_multiplier is None:
         raise InvalidInput("give --noise-multiplier for one organisation, or --config FILE.toml for a federation")
     with invalid_input():
-        rounds_plan = RoundPlan(
-            noise_multiplier, _rate(sample_rate, expected_batch_size, declared_records), local_steps, rounds
-        )
+        rate = _rate(sample_rate, expected_batch_size, declared_records)
+        shape = NoiseShape(noise_schedule, noise_final, noise_drop, noise_every, server_schedule)
+        rounds_plan = RoundPlan(noise_multiplier, rate, local_steps, rounds, shape)
         report = plan_report(
             rounds_plan,
             target_delta=_delta(target_delta, declared_records),
@@ -93,10 +108,11 @@ def calibrate(
     declared_records: Records = None,
     target_delta: Delta = None,
     relation: RelationOption = "add_remove",
-    noise_schedule: Annotated[str, typer.Option("--noise-schedule", help=", ".join(KINDS[:-1]))] = "constant",
-    final: Annotated[float, typer.Option("--final", help="noise of the last round over the first's")] = 0.5,
-    drop: Annotated[float, typer.Option("--drop", help="factor of a step schedule")] = 0.5,
-    every: Annotated[int, typer.Option("--every", help="rounds between two steps of a step schedule")] = 1,
+    noise_schedule: Schedule = "constant",
+    noise_final: Final = 0.5,
+    noise_drop: Drop = 0.5,
+    noise_every: Every = None,
+    server_schedule: ServerSchedule = "constant",
     as_json: Json = False,
 ) -> None:
     """Find the smallest noise whose certified ε meets a target."""
@@ -108,10 +124,7 @@ def calibrate(
             rounds=rounds,
             local_steps=local_steps,
             relation=cast(Relation, relation),
-            schedule=noise_schedule,
-            final=final,
-            drop=drop,
-            every=every,
+            shape=NoiseShape(noise_schedule, noise_final, noise_drop, noise_every, server_schedule),
         )
     if as_json:
         typer.echo(json.dumps(report.to_json(), ensure_ascii=False))

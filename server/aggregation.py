@@ -6,8 +6,7 @@ terms; a client's own count never enters (it would be private and unbounded).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,7 @@ import numpy.typing as npt
 
 from common.errors import InvalidInput
 from common.messages import Arrays
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-}
-"""Factor on the server's learning rate; noise that is averaged over ever smaller steps hurts the last adapter less."""
+from server.schedules import RATES, rate_factor
 
 Doubles = dict[str, npt.NDArray[np.float64]]
 
@@ -83,11 +76,11 @@ class ServerOptimizer:
     def __init__(self, kind: str, learning_rate: float, schedule: str = "constant") -> None:
         if kind not in {"fedavg", "fedavgm", "fedadam"}:
             raise InvalidInput(f"server-optimizer {kind!r}: use fedavg, fedavgm or fedadam")
-        if schedule not in SCHEDULES:
-            raise InvalidInput(f"server-schedule {schedule!r}: use {', '.join(SCHEDULES)}")
+        if schedule not in RATES:
+            raise InvalidInput(f"server-schedule {schedule!r}: use {', '.join(RATES)}")
         self._kind = kind
         self._rate = learning_rate
-        self._schedule = SCHEDULES[schedule]
+        self._schedule = schedule
         self._steps = 0
         self._first: Doubles = {}
         self._second: Doubles = {}
@@ -95,7 +88,7 @@ class ServerOptimizer:
     def step(self, adapter: Arrays, mean: Doubles, progress: float = 0.0) -> Arrays:
         """The next adapter, float32; ``progress`` is the share of the run's rounds that lie behind, in [0, 1)."""
         self._steps += 1
-        rate = self._rate * self._schedule(progress)
+        rate = self._rate * rate_factor(self._schedule, progress)
         return {name: self._moved(name, array, mean[name], rate) for name, array in adapter.items()}
 
     def _moved(

@@ -17,7 +17,9 @@ from common.config import RunConfig, check_delta, default_delta
 from common.errors import InvalidInput
 from common.messages import Description, Envelope
 from common.privacy import PLDAccountant, Relation, SampledGaussian, calibrate_noise_multiplier
+from common.privacy.schedules import calibrate_factor
 from common.signing import digest
+from server.schedules import noise_shape
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,12 @@ def draw_up(
             raise InvalidInput(f"{other.client} and {first.client} do not hold the same backbone and adapter")
     order = participation_order(names, config.rounds, config.clients_per_round, config.public_seed)
     total = sum(description.declared_records for description in descriptions)
+    shape = [float(relative) for relative in noise_shape(config)]
     clients = []
     for description in sorted(descriptions, key=lambda d: d.client):
-        rounds = sum(description.client in names for names in order)
+        relative = [shape[t] for t, names in enumerate(order) if description.client in names]
         weight = 1.0 if config.weights == "uniform" else description.declared_records / total
-        clients.append(_client_terms(config, description, rounds, weight))
+        clients.append(_client_terms(config, description, relative, weight))
     return RunTerms(
         run_id=run_id,
         rounds=config.rounds,
@@ -183,7 +186,8 @@ def default_batch_size(declared_records: int) -> float:
     return float(min(64, max(1, declared_records // 16)))
 
 
-def _client_terms(config: RunConfig, description: Description, rounds: int, weight: float) -> ClientTerms:
+def _client_terms(config: RunConfig, description: Description, relative: Sequence[float], weight: float) -> ClientTerms:
+    """One client's terms; ``relative`` is the relative noise of each round that it takes part in."""
     settings = config.for_client(description.client)
     declared = description.declared_records
     batch = settings.expected_batch_size or default_batch_size(declared)
@@ -209,41 +213,57 @@ def _client_terms(config: RunConfig, description: Description, rounds: int, weig
         client=description.client,
     )
     target = settings.target_epsilon or config.target_epsilon
-    rate = batch / declared
+    listed = partial(_events, relative, sample_rate=batch / declared, steps=config.local_steps)
     if settings.noise_multiplier is None:
-        noise = calibrate_noise_multiplier(
-            target_epsilon=target,
+        events = listed(_factor(relative, batch / declared, target, delta, config))
+        return terms(envelope=Envelope(events), target_epsilon=target, target_delta=delta)
+    events = listed(settings.noise_multiplier)
+    asked = "target_epsilon" in config.model_fields_set or (
+        description.client in config.clients and config.clients[description.client].target_epsilon is not None
+    )
+    if asked:  # the client leaves when its budget is used up, and the run goes on
+        events = events[: _rounds_that_fit(events, target, delta, config.relation)]
+        if not events:
+            raise InvalidInput(
+                f"{description.client}: not even one round at noise-multiplier {settings.noise_multiplier:g} fits "
+                f"into ε = {target:g}: raise one of them or lower the expected batch size"
+            )
+    else:
+        target = PLDAccountant(relation=config.relation).compose_all(events).epsilon(delta)
+    return terms(envelope=Envelope(events), target_epsilon=target, target_delta=delta)
+
+
+def _events(relative: Sequence[float], first: float, *, sample_rate: float, steps: int) -> tuple[SampledGaussian, ...]:
+    """One event per round; ``first`` is σ where the relative noise is 1."""
+    return tuple(SampledGaussian(first * one, sample_rate, steps) for one in relative)
+
+
+def _factor(relative: Sequence[float], rate: float, epsilon: float, delta: float, config: RunConfig) -> float:
+    """σ where the relative noise is 1, such that the whole list meets (ε, δ)."""
+    if all(one == 1.0 for one in relative):
+        return calibrate_noise_multiplier(
+            target_epsilon=epsilon,
             target_delta=delta,
             sample_rate=rate,
-            steps=max(1, rounds) * config.local_steps,
+            steps=max(1, len(relative)) * config.local_steps,
             relation=config.relation,
         )
-        event = SampledGaussian(noise_multiplier=noise, sample_rate=rate, steps=config.local_steps)
-        envelope = Envelope((event,) * rounds)
-    else:
-        event = SampledGaussian(noise_multiplier=settings.noise_multiplier, sample_rate=rate, steps=config.local_steps)
-        asked = "target_epsilon" in config.model_fields_set or (
-            description.client in config.clients and config.clients[description.client].target_epsilon is not None
-        )
-        envelope = Envelope((event,) * rounds)
-        if asked:  # the client leaves when its budget is used up, and the run goes on
-            envelope = Envelope((event,) * _rounds_that_fit(event, rounds, target, delta, config.relation))
-            if not envelope.events:
-                raise InvalidInput(
-                    f"{description.client}: not even one round at noise-multiplier {settings.noise_multiplier:g} fits "
-                    f"into ε = {target:g}: raise one of them or lower the expected batch size"
-                )
-        else:
-            target = PLDAccountant(relation=config.relation).compose_all(envelope.events).epsilon(delta)
-    return terms(envelope=envelope, target_epsilon=target, target_delta=delta)
+    return calibrate_factor(
+        relative,
+        steps=config.local_steps,
+        sample_rate=rate,
+        target_epsilon=epsilon,
+        target_delta=delta,
+        relation=config.relation,
+    )[0]
 
 
-def _rounds_that_fit(event: SampledGaussian, rounds: int, epsilon: float, delta: float, relation: Relation) -> int:
-    """The largest number of rounds, at most ``rounds``, whose certified ε is at most ``epsilon`` (bisection)."""
-    low, high = 0, rounds
+def _rounds_that_fit(events: Sequence[SampledGaussian], epsilon: float, delta: float, relation: Relation) -> int:
+    """How many of the first ``events`` have a certified ε of at most ``epsilon`` together (bisection)."""
+    low, high = 0, len(events)
     while low < high:
         middle = (low + high + 1) // 2
-        if PLDAccountant(relation=relation).compose_all((event,) * middle).epsilon(delta) <= epsilon:
+        if PLDAccountant(relation=relation).compose_all(events[:middle]).epsilon(delta) <= epsilon:
             low = middle
         else:
             high = middle - 1

@@ -26,7 +26,7 @@ from common.privacy.events import SampledGaussian
 from common.privacy.pairs import Array
 from common.privacy.pld import PLDAccountant
 
-Kind = Literal["constant", "step", "exponential", "cosine", "learning_rate"]
+Kind = Literal["constant", "step", "exponential", "cosine", "lr-matched"]
 KINDS: Final[tuple[str, ...]] = get_args(Kind)
 
 
@@ -69,7 +69,7 @@ def shape(
 
     Args:
         kind: ``constant``; ``step`` (times ``drop`` after every ``every`` rounds); ``exponential`` and ``cosine``
-            (from 1 to ``final``); ``learning_rate`` (proportional to learning_rate^(-1/2)).
+            (from 1 to ``final``); ``lr-matched`` (proportional to learning_rate^(-1/2)).
         rounds: number of rounds.
         final: relative noise of the last round, > 0 (above 1 the noise grows).
         drop: factor of a step.
@@ -90,7 +90,7 @@ def shape(
         return np.asarray(last**progress)
     if kind == "cosine":
         return np.asarray(last + (1 - last) * (1 + np.cos(math.pi * progress)) / 2)
-    if kind == "learning_rate":
+    if kind == "lr-matched":
         rates = np.asarray([] if learning_rates is None else learning_rates, dtype=float)
         if rates.shape != (count,) or not np.all(np.isfinite(rates) & (rates > 0)):
             raise ValueError(f"learning_rates must be {count} finite numbers > 0, got {learning_rates!r}")
@@ -133,6 +133,43 @@ def noise_schedule(
         ValueError: naming the field that is out of range, or if the target cannot be met.
     """
     relative = shape(kind, rounds, final=final, drop=drop, every=every, learning_rates=learning_rates)
+    factor, epsilon = calibrate_factor(
+        relative,
+        steps=steps,
+        sample_rate=sample_rate,
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        relation=relation,
+        relative_tolerance=relative_tolerance,
+    )
+    sigmas = tuple(float(factor * r) for r in relative)
+    return Schedule(kind, sigmas, sample_rate, steps, checks.known_relation(relation), epsilon, float(target_delta))
+
+
+def calibrate_factor(
+    relative: Sequence[float] | Array,
+    *,
+    steps: int,
+    sample_rate: float,
+    target_epsilon: float,
+    target_delta: float,
+    relation: checks.Relation = "add_remove",
+    relative_tolerance: float = 1e-4,
+) -> tuple[float, float]:
+    """Return the factor f, and the certified ε, with which rounds of noise multiplier f·relative_t meet the target.
+
+    Args:
+        relative: relative noise per round, > 0; public.
+        steps: steps per round.
+        sample_rate: q of every step.
+        target_epsilon: what the whole list must not exceed.
+        target_delta: at this δ.
+        relation: neighbouring relation.
+        relative_tolerance: how far above the smallest factor f may lie.
+
+    Raises:
+        ValueError: naming the field that is out of range, or if the target cannot be met.
+    """
     goal, delta = checks.positive(target_epsilon=target_epsilon), checks.delta_above_floor(target_delta=target_delta)
     costs: dict[float, float] = {}
 
@@ -147,5 +184,4 @@ def noise_schedule(
     factor = smallest_meeting(
         cost, goal, guess=1.0, low=1e-2, high=1e6, relative_tolerance=checks.positive(tolerance=relative_tolerance)
     )
-    sigmas = tuple(float(factor * r) for r in relative)
-    return Schedule(kind, sigmas, sample_rate, steps, checks.known_relation(relation), costs[factor], delta)
+    return factor, costs[factor]

@@ -6,7 +6,15 @@ from typer.testing import CliRunner
 
 from common.errors import InvalidInput
 from common.privacy import PLDAccountant, SampledGaussian
-from deploy.plan import ClientPlan, RoundPlan, accountant_rows, calibration_report, federation_report, plan_report
+from deploy.plan import (
+    ClientPlan,
+    NoiseShape,
+    RoundPlan,
+    accountant_rows,
+    calibration_report,
+    federation_report,
+    plan_report,
+)
 from deploy.plan_commands import calibrate, plan, print_federation
 
 ROUNDS = RoundPlan(noise_multiplier=1.0, sample_rate=0.02, local_steps=5, rounds=20)
@@ -153,3 +161,31 @@ def test_a_bad_setting_is_named_with_its_range(arguments, said):
     result = run(*arguments)
     assert isinstance(result.exception, InvalidInput)
     assert said in str(result.exception)
+
+
+@pytest.mark.parametrize("schedule", ["step", "exponential", "cosine", "lr-matched"])
+def test_a_plan_with_a_schedule_costs_its_list(schedule):
+    shape = NoiseShape(schedule, server_schedule="linear")
+    scheduled = RoundPlan(1.0, 0.02, 5, 20, shape)
+    report = plan_report(scheduled, target_delta=1e-5, target_epsilon=0.9)
+    sigmas = [event.noise_multiplier for event in scheduled.after(20)]
+    assert sigmas[0] == 1.0
+    assert len(set(sigmas)) > 3
+    run = PLDAccountant()
+    for sigma in sigmas:
+        run = run.compose(SampledGaussian(sigma, 0.02, 5))
+    assert report.epsilon == pytest.approx(run.epsilon(1e-5), rel=1e-9)
+    assert report.curve[-1].epsilon == pytest.approx(report.epsilon, rel=1e-9)
+    assert 0 < report.rounds_that_fit < 20
+    calibrated = RoundPlan(report.noise_multiplier_for_target, 0.02, 5, 20, shape)
+    assert 0.89 < PLDAccountant().compose_all(calibrated.after(20)).epsilon(1e-5) <= 0.9
+
+
+def test_the_commands_know_the_schedules():
+    base = ("--rounds", 8, "--sample-rate", 0.1, "--noise-schedule", "step", "--noise-drop", 0.8, "--noise-every", 2)
+    noise = json.loads(run("calibrate", "--target-epsilon", 2, *base, "--json").output)["noise_multipliers"]
+    assert [round(sigma / noise[0], 3) for sigma in noise] == [1, 1, 0.8, 0.8, 0.64, 0.64, 0.512, 0.512]
+    shown = json.loads(run("plan", "--noise-multiplier", noise[0], *base, "--json").output)
+    assert 1.99 < shown["epsilon"] <= 2.0
+    result = run("plan", "--noise-multiplier", 1, "--sample-rate", 0.1, "--server-schedule", "warm")
+    assert "server_schedule must be" in str(result.exception)

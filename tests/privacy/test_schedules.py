@@ -26,7 +26,7 @@ def test_the_shapes():
     assert shape("step", 5, drop=0.5, every=2).tolist() == [1, 1, 0.5, 0.5, 0.25]
     assert shape("exponential", 3, final=0.25) == pytest.approx([1, 0.5, 0.25])
     assert shape("cosine", 3, final=0.5) == pytest.approx([1, 0.75, 0.5])
-    assert shape("learning_rate", 3, learning_rates=[1, 0.25, 0.04]) == pytest.approx([1, 2, 5])
+    assert shape("lr-matched", 3, learning_rates=[1, 0.25, 0.04]) == pytest.approx([1, 2, 5])
     assert shape("cosine", 1).tolist() == [1]
 
 
@@ -43,7 +43,7 @@ def test_unsampled_step_decay_has_a_closed_form():
 def test_noise_matched_to_the_learning_rate_minimises_what_reaches_the_weights():
     """Of all lists with the same sum of squares of 1/sigma, sum (lr sigma)² is smallest for sigma ~ lr^(-1/2)."""
     rates = np.array(RATES)
-    matched = shape("learning_rate", 8, learning_rates=RATES)
+    matched = shape("lr-matched", 8, learning_rates=RATES)
     budget = np.sum(1 / matched**2)
     best = np.sum((rates * matched) ** 2)
     for kind in ("constant", "exponential", "cosine", "step"):
@@ -67,7 +67,7 @@ def test_noise_matched_to_the_learning_rate_minimises_what_reaches_the_weights()
 def test_a_bad_field_is_named(change, named):
     fields = {"learning_rates": RATES, "rounds": 8, **change}
     with pytest.raises(ValueError, match=named):
-        shape("learning_rate", **fields)
+        shape("lr-matched", **fields)
 
 
 def test_an_unknown_shape_is_refused():

@@ -159,3 +159,66 @@ def test_without_privacy_nothing_is_promised():
 @given(st.integers(1, 10**7))
 def test_the_default_batch_is_possible(declared):
     assert 1 <= default_batch_size(declared) <= declared
+
+
+SCHEDULES = ["step", "exponential", "cosine", "lr-matched"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("relation", ["add_remove", "replace_one"])
+def test_a_noise_schedule_is_calibrated_as_a_whole(schedule, relation):
+    settings = {"noise-schedule": schedule, "server-schedule": "linear", "target-epsilon": 2.0, "relation": relation}
+    found = terms(**settings)
+    for client in found.clients:
+        sigmas = [event.noise_multiplier for event in client.envelope.events]
+        assert len(sigmas) == 6
+        assert sigmas == sorted(sigmas, reverse=schedule != "lr-matched")
+        assert sigmas[0] != sigmas[-1]
+        assert 1.99 < epsilon(client, relation) <= 2.0
+
+
+def test_noise_matched_to_the_learning_rate_grows_as_its_square_root_falls():
+    found = terms(**{"noise-schedule": "lr-matched", "server-schedule": "linear"}).client("a")
+    sigmas = [event.noise_multiplier for event in found.envelope.events]
+    assert [sigma / sigmas[0] for sigma in sigmas] == pytest.approx([(1 - t / 6) ** -0.5 for t in range(6)])
+
+
+def test_a_schedule_from_a_given_noise_starts_there_and_states_what_it_costs():
+    found = terms(**{"noise-schedule": "exponential", "noise-multiplier": 2.0, "noise-final": 0.25}).client("a")
+    sigmas = [event.noise_multiplier for event in found.envelope.events]
+    assert (sigmas[0], sigmas[-1]) == (2.0, 0.5)
+    assert found.target_epsilon == pytest.approx(epsilon(found), abs=1e-12)
+
+
+def test_who_sits_out_a_round_skips_its_noise():
+    settings = {"noise-schedule": "cosine", "clients-per-round": 1, "rounds": 6}
+    found = terms(names=("a", "b"), **settings)
+    whole = terms(names=("a", "b"), **{**settings, "clients-per-round": 2}).client("a").envelope.events
+    for name in "ab":
+        client = found.client(name)
+        played = [t for t, hand in enumerate(found.participants) if name in hand]
+        ratios = [event.noise_multiplier for event in client.envelope.events]
+        expected = [whole[t].noise_multiplier / whole[0].noise_multiplier for t in played]
+        assert [r / ratios[0] for r in ratios] == pytest.approx([e / expected[0] for e in expected])
+        assert epsilon(client) <= client.target_epsilon
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_scheduled_run_pays_what_its_plan_says(tmp_path, schedule):
+    """``cloister plan --config`` and the accountant of a run agree to 1e-9."""
+    from deploy.plan_config import plan_from_config
+
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'rounds = 5\nnoise-schedule = "{schedule}"\nserver-schedule = "cosine"\nexpected-batch-size = 20\n'
+        "target-epsilon = 3\n[clients.a]\ndeclared-records = 1000\n[clients.b]\ndeclared-records = 400\n"
+    )
+    report = plan_from_config(file)
+    config = RunConfig.load(file, {})
+    found = draw_up(config, [description("a", 1000), description("b", 400)], "run")
+    for cost in report.clients:
+        client, pld = found.client(cost.name), PLDAccountant()
+        for event in client.envelope.events:
+            pld = pld.compose(event)
+        assert cost.epsilon == pytest.approx(pld.epsilon(client.target_delta), abs=1e-9)
+        assert cost.epsilon <= 3.0
