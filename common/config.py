@@ -80,6 +80,17 @@ class RunConfig(_Settings):
         ge=1,
         description="take this many clients per round, in a public random order (no amplification taken)",
     )
+    quorum: int = Field(
+        1,
+        ge=1,
+        description="updates that a round needs: with fewer the adapter stays as it is, and what was sent is spent",
+    )
+    round_deadline_s: float = Field(
+        3600.0,
+        gt=60,
+        description="seconds after which a round goes on without those that have not answered; above 60, in which "
+        "Flower notices a dead node",
+    )
     expected_batch_size: float | None = Field(
         default=None, gt=0, description="expected records per step; q = expected batch size / declared records"
     )

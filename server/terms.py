@@ -71,6 +71,7 @@ class RunTerms:
     server_schedule: str = "constant"
     averaging: str = "none"
     deadline_s: float = field(default=3600.0)
+    quorum: int = field(default=1)
 
     def client(self, name: str) -> ClientTerms:
         """The terms of one client."""
@@ -153,6 +154,8 @@ def draw_up(
         if (other.backbone_hash, other.initial_hash) != (first.backbone_hash, first.initial_hash):
             raise InvalidInput(f"{other.client} and {first.client} do not hold the same backbone and adapter")
     order = participation_order(names, config.rounds, config.clients_per_round, config.public_seed)
+    if config.quorum > len(order[0]):
+        raise InvalidInput(f"quorum = {config.quorum}, but a round has {len(order[0])} clients: ask for fewer updates")
     total = sum(description.declared_records for description in descriptions)
     shape = [float(relative) for relative in noise_shape(config)]
     clients = []
@@ -178,6 +181,8 @@ def draw_up(
         public_seed=config.public_seed,
         server_schedule=config.server_schedule,
         averaging=config.averaging,
+        deadline_s=config.round_deadline_s,
+        quorum=config.quorum,
     )
 
 
