@@ -71,7 +71,7 @@ def _is_well_formed(plan: Plan) -> bool:
         type(getattr(plan, name)) in (int, float) and math.isfinite(getattr(plan, name)) and getattr(plan, name) >= 0
         for name in _NUMBERS
     )
-    if not (texts and counts and places and numbers and plan.expected_batch_size > 0):
+    if not (texts and counts and places and numbers and plan.expected_batch_size > 0 and plan.learning_rate > 0):
         return False
     if plan.event is None:
         return True

@@ -27,7 +27,7 @@ from common import errors
 from common.certificate import Attested, ClientPart, SignedPart, sign_part
 from common.charge import charge
 from common.errors import LedgerCorrupt
-from common.history import Begun, ChargedRun, ClientHistory, SignedHistory
+from common.history import Begun, ChargedRun, ClientHistory, ListRequest, SignedHistory
 from common.ledger import Ledger
 from common.messages import Arrays, Plan, Refusal, RefusalReason, Reply, Reservation, TrainRequest
 from common.signing import SigningKey
@@ -238,6 +238,17 @@ class Guard:
             head = self._ledger.head(coordinator)
             history = ClientHistory(self.policy.organisation, coordinator, runs, begun, head)
             return SignedHistory.sign(self._key, history)
+
+    def signed_list(self, request: ListRequest) -> SignedHistory:
+        """That list for the pinned coordinator that signed ``request``, and for nobody else; nothing is written.
+
+        Raises:
+            errors.Refused: another client is asked, or no pinned coordinator asks.
+        """
+        if request.client != self.policy.organisation or request.coordinator not in self.policy.coordinator_keys:
+            raise errors.Refused("this list is for a pinned coordinator that asks this organisation")
+        request.check()
+        return self.history(request.coordinator)
 
     def _reservation(self, use: Use) -> Reservation:
         client = self.policy.organisation

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from client.trainer_service import RemoteTrainer
 from common.errors import CloisterError, InvalidInput
+from common.history import ListRequest, SignedHistory
 from common.messages import Arrays, Description, Refusal, Reply, Status, StatusCode, TrainRequest
 
 
@@ -28,6 +29,9 @@ class TrainerConnection(Protocol):
     def train(self, request: TrainRequest) -> Reply | Refusal | Status:
         """One round."""
 
+    def signed_list(self, request: ListRequest) -> SignedHistory | Status:
+        """What was charged and began for the coordinator that signed ``request``."""
+
 
 def build_relay(connect: Callable[[Context], TrainerConnection]) -> ClientApp:
     """The ClientApp that forwards to whatever ``connect`` returns for the node's context."""
@@ -37,6 +41,17 @@ def build_relay(connect: Callable[[Context], TrainerConnection]) -> ClientApp:
     def describe(message: Message, context: Context) -> Message:
         description = connect(context).describe()
         return _answer(message, "description", description.to_json())
+
+    @app.query("list")
+    def signed_list(message: Message, context: Context) -> Message:
+        request = ListRequest.from_json(json.loads(str(message.content.config_records["request"]["json"])))
+        try:
+            answer = connect(context).signed_list(request)
+        except CloisterError:
+            answer = Status(StatusCode.UNAVAILABLE)
+        if isinstance(answer, SignedHistory):
+            return _answer(message, "list", answer.to_json())
+        return _answer(message, "status", {"code": str(answer.code)})
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

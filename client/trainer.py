@@ -25,6 +25,7 @@ import torch
 from client.engine import Adam, Engine, NoiseSource, Sgd, private_step
 from client.engine.batches import Example
 from client.guard import Granted, Guard, Lost, Refused, Replay
+from common.history import ListRequest, SignedHistory
 from common.messages import (
     Arrays,
     Description,
@@ -124,6 +125,14 @@ class Trainer:
             return self._train(request)
         except Exception:
             log.exception("the request cannot be worked on")
+            return Status(StatusCode.UNAVAILABLE)
+
+    def signed_list(self, request: ListRequest) -> SignedHistory | Status:
+        """What was charged and began here for the coordinator that signed ``request``; no exception leaves either."""
+        try:
+            return self._guard.signed_list(request)
+        except Exception:
+            log.exception("no list is given for this request")
             return Status(StatusCode.UNAVAILABLE)
 
     def _train(self, request: TrainRequest) -> Reply | Refusal | Status:

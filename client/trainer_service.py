@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import grpc
 
 from common.errors import CloisterError, InvalidInput, Unavailable
+from common.history import ListRequest, SignedHistory
 from common.messages import Description, Refusal, Reply, Status, StatusCode, TrainRequest
 from common.wire import trainer as translate
 from common.wire import trainer_pb2_grpc
@@ -30,6 +31,9 @@ class Trains(Protocol):
 
     def train(self, request: TrainRequest) -> Reply | Refusal | Status:
         """One round."""
+
+    def signed_list(self, request: ListRequest) -> SignedHistory | Status:
+        """What was charged and began for the coordinator that signed ``request``."""
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServicer):  # type: ignore[misc]
@@ -52,6 +56,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):  # type: ignore[misc]
         except Exception:
             answer = Status(StatusCode.UNAVAILABLE)
         return translate.write_train_response(answer)
+
+    def SignedList(self, request: Any, context: Any) -> Any:
+        """See the schema; the answer is a signed list or a status."""
+        answer: SignedHistory | Status
+        try:
+            answer = self._trainer.signed_list(translate.read_list_request(request))
+        except InvalidInput:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is malformed")
+        except Exception:
+            answer = Status(StatusCode.UNAVAILABLE)
+        return translate.write_list_response(answer)
 
 
 def serve(trainer: Trains, address: str, *, workers: int = 4) -> grpc.Server:
@@ -78,9 +93,9 @@ def serve(trainer: Trains, address: str, *, workers: int = 4) -> grpc.Server:
 
 
 class RemoteTrainer:
-    """A trainer behind its service: the same two calls.
+    """A trainer behind its service: the same three calls.
 
-    Both raise ``Unavailable`` when it cannot be reached in time, ``InvalidInput`` when it calls the request malformed.
+    All raise ``Unavailable`` when it cannot be reached in time, ``InvalidInput`` when it calls the request malformed.
     """
 
     def __init__(self, address: str, *, timeout_s: float = 3600.0) -> None:
@@ -107,6 +122,11 @@ class RemoteTrainer:
         """One round."""
         message = self._call(self._stub.Train, translate.write_train_request(request))
         return translate.read_train_response(message)
+
+    def signed_list(self, request: ListRequest) -> SignedHistory | Status:
+        """What was charged and began for the coordinator that signed ``request``."""
+        message = self._call(self._stub.SignedList, translate.write_list_request(request))
+        return translate.read_list_response(message)
 
     def _call(self, method: Any, request: Any) -> Any:
         """One call; a trainer that is away is waited for: the same request gets the same bytes, however often."""

@@ -17,6 +17,40 @@ from common.signing import SigningKey, verify
 
 
 @dataclass(frozen=True)
+class ListRequest:
+    """A coordinator asks one client for its signed list; only who holds the coordinator's key can ask for its list.
+
+    Otherwise a relay of one coordinator could learn what the client does for another.
+    """
+
+    coordinator: str
+    client: str
+    signature: str
+
+    @classmethod
+    def sign(cls, key: SigningKey, client: str) -> ListRequest:
+        """The request of the coordinator that holds ``key``."""
+        return cls(key.public_key, client, key.sign("list-request", cls.body(key.public_key, client)))
+
+    @staticmethod
+    def body(coordinator: str, client: str) -> dict[str, Any]:
+        """The object that is signed as kind ``list-request``."""
+        return {"coordinator": coordinator, "client": client}
+
+    def check(self) -> None:
+        """Raise ``Refused`` unless the named coordinator signed it."""
+        verify(self.coordinator, "list-request", self.body(self.coordinator, self.client), self.signature)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ListRequest:
+        """From an object with its three texts; any other raises ``InvalidInput``."""
+        texts = (value.get("coordinator"), value.get("client"), value.get("signature"))
+        if not all(isinstance(text, str) for text in texts):
+            raise InvalidInput("a request for a list holds three texts")
+        return cls(*map(str, texts))
+
+
+@dataclass(frozen=True)
 class ChargedRun:
     """One run's envelope at one data set; ``epsilon`` is None for a run without privacy."""
 
@@ -89,6 +123,21 @@ class SignedHistory:
     def sign(cls, key: SigningKey, history: ClientHistory) -> SignedHistory:
         """The client's word."""
         return cls(history, key.sign("history", history.to_json()))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the signature."""
+        return {"history": self.history.to_json(), "signature": self.signature}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> SignedHistory:
+        """The inverse of ``to_json``; the signature is not checked here.
+
+        Raises:
+            InvalidInput: it is malformed.
+        """
+        if not isinstance(value.get("history"), dict) or not isinstance(value.get("signature"), str):
+            raise InvalidInput("a signed list holds a history and a signature")
+        return cls(ClientHistory.from_json(value["history"]), value["signature"])
 
     def check(self, public_key: str) -> None:
         """Raise ``Refused`` unless ``public_key`` signed it."""

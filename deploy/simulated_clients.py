@@ -20,6 +20,7 @@ from client.guard import Guard
 from client.policy import DatasetPolicy, Policy
 from client.trainer import StepListener, Trainer, Workbench
 from common.config import RunConfig
+from common.history import ListRequest, SignedHistory
 from common.messages import Description, Refusal, Reply, Status, TrainRequest, adapter_hash
 from common.signing import SigningKey
 from deploy.workshop import Workshop, open_workshop, set_threads
@@ -154,6 +155,9 @@ class _OneCall:
 
     def train(self, request: TrainRequest) -> Reply | Refusal | Status:
         return self._with_trainer(lambda trainer: trainer.train(request))
+
+    def signed_list(self, request: ListRequest) -> SignedHistory | Status:
+        return self._with_trainer(lambda trainer: trainer.signed_list(request))
 
     def _with_trainer(self, call):  # type: ignore[no-untyped-def]
         config, terms, state, workshop = _actor(self.folder)

@@ -10,12 +10,14 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from common.errors import Unavailable
+from common.errors import InvalidInput, Unavailable
+from common.history import ListRequest, SignedHistory
 from common.messages import Arrays, Description, Refusal, Reply, Status, StatusCode, TrainRequest
 from server.accountant import Outcome
 
@@ -28,6 +30,7 @@ class Failure:
     reason: str = field(default="")
 
 
+T = TypeVar("T")
 Answer = Reply | Refusal | Status | Failure
 
 
@@ -91,7 +94,25 @@ class Exchange:
         ids = list(self._grid.push_messages(messages))
         for name, identity in zip(names, ids, strict=True):
             message = self._wait(identity, deadline)
-            yield name, _read(message)
+            yield name, _read(message, _parse)
+
+    def lists(
+        self, requests: Mapping[str, ListRequest], deadline_s: float
+    ) -> Iterator[tuple[str, SignedHistory | Failure]]:
+        """Ask these clients for their signed lists; each answer in the order of names, none of them checked."""
+        names = sorted(requests)
+        messages = [
+            Message(
+                RecordDict({"request": ConfigRecord({"json": json.dumps(vars(requests[name]))})}),
+                dst_node_id=self._nodes[name],
+                message_type=f"{MessageType.QUERY}.list",
+            )
+            for name in names
+        ]
+        deadline = self._clock() + deadline_s
+        ids = list(self._grid.push_messages(messages))
+        for name, identity in zip(names, ids, strict=True):
+            yield name, _read(self._wait(identity, deadline), _parse_list)
 
     def _message(self, name: str, request: TrainRequest) -> Message:
         content = RecordDict(
@@ -121,16 +142,24 @@ def _record(arrays: Arrays) -> ArrayRecord:
     return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
-def _read(message: Message | None) -> Answer:
+def _read(message: Message | None, parse: Callable[[RecordDict], T]) -> T | Failure:
     """One answer out of a message a hostile client may have made; whatever is odd is an error, never an exception."""
     if message is None:
         return Failure(Outcome.TIMEOUT, "no answer before the round's deadline")
     if message.has_error():
         return Failure(Outcome.ERROR, f"code {message.error.code}: {message.error.reason}")
     try:
-        return _parse(message.content)
+        return parse(message.content)
     except Exception as error:  # parsers raise what they like; a client's bytes must not end the run
         return Failure(Outcome.ERROR, f"not an answer this version understands ({type(error).__name__}: {error})")
+
+
+def _parse_list(content: RecordDict) -> SignedHistory:
+    records = content.config_records
+    if "status" in records:
+        code = StatusCode(json.loads(str(records["status"]["json"]))["code"])
+        raise InvalidInput(f"the trainer says {code}")
+    return SignedHistory.from_json(json.loads(str(records["list"]["json"])))
 
 
 def _parse(content: RecordDict) -> Answer:

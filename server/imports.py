@@ -23,6 +23,8 @@ def missing_runs(book: Book, history: ClientHistory, public_key: str) -> list[Dr
     """
     drafts = []
     for charged in history.charged:
+        if charged.epsilon is not None and not charged.epsilon >= 0:
+            raise Refused(f"{history.client}: its list contradicts itself at run {charged.run_id}")
         account = book.runs.get(charged.run_id, {}).get(history.client)
         if account is None:
             drafts.append(_registration(history.client, charged, public_key))
@@ -33,6 +35,8 @@ def missing_runs(book: Book, history: ClientHistory, public_key: str) -> list[Dr
             private and known.envelope != charged.envelope
         ):
             raise Refused(f"{history.client}: run {charged.run_id} has another data set or envelope there than here")
+        if known.public_key != public_key:
+            raise Refused(f"{history.client}: run {charged.run_id} is registered with another key")
     return drafts
 
 
@@ -42,16 +46,18 @@ def missing_reservations(book: Book, history: ClientHistory) -> tuple[list[Draft
     Raises:
         Refused: a reservation is known with other contents, is listed twice, or belongs to no charged run.
     """
-    runs = {(charged.run_id, charged.dataset) for charged in history.charged}
+    runs = {(charged.run_id, charged.dataset): charged for charged in history.charged}
     fresh: list[Draft] = []
     revived: dict[str, list[str]] = {}
     seen: set[str] = set()
     for begun in history.begun:
         reservation = begun.reservation
+        charged = runs.get((reservation.run_id, reservation.dataset))
         if (
-            reservation.client != history.client
-            or (reservation.run_id, reservation.dataset) not in runs
+            charged is None
+            or reservation.client != history.client
             or reservation.reservation_id in seen
+            or not _is_inside(begun, charged)
         ):
             raise Refused(f"{history.client}: its list contradicts itself at {reservation.reservation_id}")
         seen.add(reservation.reservation_id)
@@ -63,6 +69,14 @@ def missing_reservations(book: Book, history: ClientHistory) -> tuple[list[Draft
         elif held.void:
             revived.setdefault(reservation.run_id, []).append(reservation.reservation_id)
     return fresh, revived
+
+
+def _is_inside(begun: Begun, charged: ChargedRun) -> bool:
+    """Whether what began lies inside the envelope that was charged: a client's guard lets nothing else begin."""
+    event = begun.reservation.event
+    if charged.epsilon is None or event is None:
+        return charged.epsilon is None and event is None
+    return charged.envelope.allows(begun.participation, event)
 
 
 def _registration(client: str, charged: ChargedRun, public_key: str) -> Draft:

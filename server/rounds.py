@@ -10,6 +10,10 @@ One round, in this order, each step durable before the next:
 5. the server optimizer moves the adapter, the public set scores it (or the average of adapters, where one is asked
    for), and the checkpoint replaces the old one.
 
+When a loop starts or goes on, every client is asked for its signed list of what was charged and began there for this
+coordinator: what the book lacks is imported as spent, and a client that gives no list, or one that contradicts the
+book, is not asked to train. So a coordinator set back to a backup learns what it forgot before it sends anything.
+
 A loop that is killed anywhere goes on from its checkpoint: the same request is sent again, a trainer that has
 answered gives the same bytes, and one that had begun says ``lost``, which is charged and never trained again.
 """
@@ -18,14 +22,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from common.accounts import Reconciled
 from common.errors import CloisterError, InvalidInput, LedgerCorrupt, Refused, Unavailable
+from common.history import ListRequest, SignedHistory
 from common.messages import Arrays, Description, Envelope, Plan, Refusal, Reply, Status, TrainRequest, adapter_hash
 from common.signing import SigningKey
 from server import checkpoint as checkpoints
@@ -61,6 +67,12 @@ class Listener:
 
     def denied(self, server_round: int, denial: Denial) -> None:
         """The accountant left this client out."""
+
+    def corrected(self, client: str, found: Reconciled) -> None:
+        """The client's signed list held what the accountant's book did not: it is spent."""
+
+    def disagreed(self, client: str, reason: str) -> None:
+        """No signed list of this client could be taken over, so it is not asked to train."""
 
     def round_ended(self, record: Mapping[str, Any]) -> None:
         """A line of ``metrics.jsonl`` was written."""
@@ -111,6 +123,7 @@ class RoundLoop:
         self._evaluate, self._every, self._on_metrics = evaluate, evaluate_every, on_metrics
         self._listener = listener or Listener()
         self._clock = clock
+        self._agreed: set[str] = set()
         self._optimizer = ServerOptimizer(terms.server_optimizer, terms.server_learning_rate, terms.server_schedule)
         self._average = TailAverage(terms.averaging, terms.rounds)
 
@@ -141,8 +154,10 @@ class RoundLoop:
                 self._optimizer.restore(found.optimizer)
             self._average.restore(found.average)
             self._settle()
+            self._agree(self._keys)
             self._on_metrics(found.metrics)
             return found
+        self._agree(self._keys)
         record = self._record(0, self._initial, 0.0)
         state = Checkpoint(terms.plan_hash, 0, self._initial, {}, (record,))
         self._write(state)
@@ -156,6 +171,43 @@ class RoundLoop:
                 self._terms.run_id, {one.signed.reservation.reservation_id: Outcome.UNKNOWN for one in sent}
             )
 
+    def _agree(self, names: Iterable[str]) -> None:
+        """Take over the signed lists of those of ``names`` whose book was not compared since this loop started."""
+        requests = {name: ListRequest.sign(self._key, name) for name in names if name not in self._agreed}
+        for name, answer in self._exchange.lists(requests, self._terms.deadline_s):
+            if isinstance(answer, Failure):
+                self._listener.disagreed(name, answer.reason)
+                continue
+            try:
+                found = self._take_over(name, answer)
+            except (InvalidInput, Refused) as error:
+                self._listener.disagreed(name, str(error))
+                continue
+            self._agreed.add(name)
+            if found.imported or found.revived:
+                self._listener.corrected(name, found)
+
+    def _take_over(self, name: str, signed: SignedHistory) -> Reconciled:
+        if signed.history.client != name:
+            raise Refused(f"{name}: its list speaks of another client")
+        return self._accountant.reconcile(signed, public_key=self._keys[name], coordinator=self._key.public_key)
+
+    def _asked(self, state: Checkpoint, server_round: int) -> tuple[str, ...]:
+        """The round's participants that have budget left and whose book agrees with ours.
+
+        Raises:
+            Unavailable: none of them gives a signed list that agrees; nothing was reserved.
+        """
+        due = [name for name in self._terms.participants[server_round - 1] if name not in state.left]
+        self._agree(due)
+        names = tuple(name for name in due if name in self._agreed)
+        if due and not names:
+            raise Unavailable(
+                f"round {server_round}: no client gave a signed list that agrees with the ledger; once their trainers "
+                "answer, the run can be resumed"
+            )
+        return names
+
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(array.shape) for name, array in self._initial.items()}
@@ -163,7 +215,7 @@ class RoundLoop:
     def _round(self, state: Checkpoint) -> Checkpoint:
         started = self._clock()
         server_round = state.server_round + 1
-        names = tuple(n for n in self._terms.participants[server_round - 1] if n not in state.left)
+        names = self._asked(state, server_round)
         permissions = self._reserve(server_round, names)
         requests = self._requests(state, server_round, permissions)
         self._listener.round_started(server_round, tuple(sorted(requests)))

@@ -1,4 +1,4 @@
-"""Four kinds of message leave an organisation, with the fields they have; and what is written can be read again."""
+"""Five kinds of message leave an organisation, with the fields they have; and what is written can be read again."""
 
 import json
 import typing
@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from client.relay import TrainerConnection
 from client.trainer import Trainer
+from client.trainer_service import RemoteTrainer, Trains
 from common import messages
 from common.errors import Refused
+from common.history import Begun, ChargedRun, ClientHistory, SignedHistory
 from common.messages import (
     NEVER_VOIDING,
     Description,
@@ -31,6 +33,7 @@ from common.messages import (
 )
 from common.privacy import SampledGaussian
 from common.signing import SigningKey
+from common.wire import trainer_pb2
 
 EVENT = SampledGaussian(noise_multiplier=1.1, sample_rate=0.03, steps=2)
 ADAPTER = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
@@ -52,12 +55,26 @@ def leaves(annotation) -> set[type]:
     return set(typing.get_args(annotation)) or {annotation}
 
 
-def test_exactly_four_kinds_leave_an_organisation():
-    train = typing.get_type_hints(Trainer.train)["return"]
-    describe = typing.get_type_hints(Trainer.describe)["return"]
-    assert leaves(train) | leaves(describe) == {Reply, Refusal, Status, Description}
-    assert typing.get_type_hints(TrainerConnection.train)["return"] == train
-    assert typing.get_type_hints(TrainerConnection.describe)["return"] == describe
+def calls(kind: type) -> dict[str, object]:
+    """What each public method of a class returns."""
+    methods = {name: one for name, one in vars(kind).items() if not name.startswith("_") and callable(one)}
+    return {name: typing.get_type_hints(one)["return"] for name, one in methods.items()}
+
+
+def test_exactly_five_kinds_leave_an_organisation():
+    """Four of every run, and the signed list of what the coordinator that asks had requested itself."""
+    asked = calls(TrainerConnection)
+    assert asked == calls(Trainer)
+    assert asked == calls(Trains)
+    assert asked == {name: kind for name, kind in calls(RemoteTrainer).items() if name != "close"}
+    assert set(asked) == {"describe", "train", "signed_list"}
+    assert set().union(*(leaves(kind) for kind in asked.values())) == {
+        Reply, Refusal, Status, Description, SignedHistory,
+    }  # fmt: skip
+    services = trainer_pb2.DESCRIPTOR.services_by_name["Trainer"].methods_by_name
+    assert set(services) == {"Describe", "Train", "SignedList"}
+    assert [field.name for field in trainer_pb2.ListResponse.DESCRIPTOR.fields] == ["signed", "status"]
+    assert [field.name for field in trainer_pb2.SignedHistory.DESCRIPTOR.fields] == ["history", "signature"]
 
 
 def test_a_reply_has_three_fields_and_no_fourth():
@@ -76,6 +93,16 @@ def test_no_field_that_leaves_is_free_text_or_a_number_about_records():
             "client": str, "dataset": str, "public_key": str, "declared_records": int, "backbone_hash": str,
             "shapes": dict[str, tuple[int, ...]], "trained": tuple[str, ...], "initial_hash": str,
         },
+        SignedHistory: {"history": ClientHistory, "signature": str},
+        ClientHistory: {
+            "client": str, "coordinator": str, "charged": tuple[ChargedRun, ...], "begun": tuple[Begun, ...],
+            "head": str,
+        },
+        ChargedRun: {
+            "run_id": str, "dataset": str, "group": str | None, "relation": str, "delta": float,
+            "epsilon": float | None, "envelope": Envelope,
+        },
+        Begun: {"reservation": Reservation, "participation": int},
     }  # fmt: skip
     for kind, expected in allowed.items():
         assert typing.get_type_hints(kind) == expected, kind.__name__

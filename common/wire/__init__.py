@@ -1,1 +1,1 @@
-"""The messages of ``proto/cloister/v1`` as generated code; ``shared``, ``accountant`` and ``trainer`` read and write them."""
+"""Generated code of ``proto/cloister/v1``; ``shared``, ``accountant`` and ``trainer`` alone read and write messages."""

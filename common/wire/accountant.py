@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from common.accounts import Answer, Ask, Budget, Denial, OpenReservation, Outcome, Registration, Spent
 from common.certificate import Attested
 from common.errors import InvalidInput
-from common.history import ClientHistory, SignedHistory
+from common.history import SignedHistory
 from common.ledger import Entry, Row
 from common.signing import canonical
 from common.wire import accountant_pb2
@@ -19,6 +18,7 @@ from common.wire.shared import (
     named,
     read_envelope,
     read_event,
+    read_list,
     read_refusal,
     read_signed,
     strict,
@@ -147,10 +147,7 @@ def write_history(signed: SignedHistory, *, public_key: str, coordinator: str) -
 def read_history(message: accountant_pb2.ReconcileRequest) -> SignedHistory:
     """The inverse of ``write_history``; the signature is not checked here."""
     named(public_key=message.public_key, coordinator=message.coordinator)
-    value = json.loads(message.history)
-    if not isinstance(value, dict):
-        raise InvalidInput("a history is a JSON object")
-    return SignedHistory(ClientHistory.from_json(value), message.signature)
+    return read_list(message.history, message.signature)
 
 
 def write_open(found: Iterable[OpenReservation]) -> accountant_pb2.OpenResponse:

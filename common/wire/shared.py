@@ -7,12 +7,14 @@ is for accountant and guard to say.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import wraps
 from itertools import groupby
 from typing import Any, ParamSpec, TypeVar
 
 from common.errors import InvalidInput
+from common.history import SignedHistory
 from common.messages import Envelope, Refusal, RefusalReason, Reservation, SignedReservation
 from common.privacy import SampledGaussian
 from common.wire import messages_pb2
@@ -143,6 +145,19 @@ def read_signed(message: messages_pb2.SignedReservation) -> SignedReservation:
         own.reservation_id, own.run_id, own.server_round, own.client, own.dataset, own.attempt, read_event(own)
     )
     return SignedReservation(reservation, message.signature, message.accountant_head, message.accountant_head_signature)
+
+
+def read_list(history: str, signature: str) -> SignedHistory:
+    """A client's signed list from the text that was signed; the signature is not checked here.
+
+    Raises:
+        InvalidInput: the text is no such list.
+    """
+    try:
+        value = json.loads(history)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput("a signed list is a JSON object") from error
+    return SignedHistory.from_json({"history": value, "signature": signature})
 
 
 def write_refusal(refusal: Refusal) -> messages_pb2.Refusal:

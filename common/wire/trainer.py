@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from common.errors import InvalidInput
+from common.history import ListRequest, SignedHistory
 from common.messages import Arrays, Description, Plan, Refusal, Reply, Status, StatusCode, TrainRequest
+from common.signing import canonical
 from common.wire import trainer_pb2
 from common.wire.shared import (
     enumeration,
@@ -16,6 +18,7 @@ from common.wire.shared import (
     present,
     read_envelope,
     read_event,
+    read_list,
     read_refusal,
     read_signed,
     strict,
@@ -105,6 +108,37 @@ def read_train_response(message: trainer_pb2.TrainResponse) -> Reply | Refusal |
     if kind == "status":
         return Status(known(_STATUSES, message.status, "status"))
     raise InvalidInput("TrainResponse: there is no answer in it")
+
+
+def write_list_request(request: ListRequest) -> trainer_pb2.ListRequest:
+    """The coordinator's signed question."""
+    return trainer_pb2.ListRequest(**vars(request))
+
+
+@strict
+def read_list_request(message: trainer_pb2.ListRequest) -> ListRequest:
+    """The inverse of ``write_list_request``; the signature is not checked here."""
+    named(coordinator=message.coordinator, client=message.client)
+    return ListRequest(message.coordinator, message.client, message.signature)
+
+
+def write_list_response(answer: SignedHistory | Status) -> trainer_pb2.ListResponse:
+    """The list as the text that was signed, or one word."""
+    if isinstance(answer, Status):
+        return trainer_pb2.ListResponse(status=_STATUS_NUMBERS[answer.code])
+    text = canonical(answer.history.to_json()).decode()
+    return trainer_pb2.ListResponse(signed=trainer_pb2.SignedHistory(history=text, signature=answer.signature))
+
+
+@strict
+def read_list_response(message: trainer_pb2.ListResponse) -> SignedHistory | Status:
+    """The inverse of ``write_list_response``; the signature is not checked here."""
+    kind = message.WhichOneof("answer")
+    if kind == "signed":
+        return read_list(message.signed.history, message.signed.signature)
+    if kind == "status":
+        return Status(known(_STATUSES, message.status, "status"))
+    raise InvalidInput("ListResponse: there is no answer in it")
 
 
 def write_description(description: Description) -> trainer_pb2.Description:

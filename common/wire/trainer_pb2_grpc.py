@@ -44,6 +44,11 @@ class TrainerStub:
                 request_serializer=cloister_dot_v1_dot_trainer__pb2.TrainRequest.SerializeToString,
                 response_deserializer=cloister_dot_v1_dot_trainer__pb2.TrainResponse.FromString,
                 _registered_method=True)
+        self.SignedList = channel.unary_unary(
+                '/cloister.v1.Trainer/SignedList',
+                request_serializer=cloister_dot_v1_dot_trainer__pb2.ListRequest.SerializeToString,
+                response_deserializer=cloister_dot_v1_dot_trainer__pb2.ListResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServicer:
@@ -63,6 +68,13 @@ class TrainerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SignedList(self, request, context):
+        """What was charged and began for the coordinator that signed the request, and for no other; asked at join and restart.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_TrainerServicer_to_server(servicer, server):
                     servicer.Train,
                     request_deserializer=cloister_dot_v1_dot_trainer__pb2.TrainRequest.FromString,
                     response_serializer=cloister_dot_v1_dot_trainer__pb2.TrainResponse.SerializeToString,
+            ),
+            'SignedList': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignedList,
+                    request_deserializer=cloister_dot_v1_dot_trainer__pb2.ListRequest.FromString,
+                    response_serializer=cloister_dot_v1_dot_trainer__pb2.ListResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Trainer:
             '/cloister.v1.Trainer/Train',
             cloister_dot_v1_dot_trainer__pb2.TrainRequest.SerializeToString,
             cloister_dot_v1_dot_trainer__pb2.TrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignedList(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.v1.Trainer/SignedList',
+            cloister_dot_v1_dot_trainer__pb2.ListRequest.SerializeToString,
+            cloister_dot_v1_dot_trainer__pb2.ListResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -104,6 +104,9 @@ class Organisation:
         noise = np.random.default_rng().normal(size=(4, 2)).astype(np.float32)
         return self.guard.finish(request, {"a.lora_B": noise})
 
+    def signed_list(self, request):
+        return self.guard.signed_list(request)
+
     def witness(self, reservation_id):
         """From here on records may have been looked at."""
         with (self.folder / f"{self.name}.witness").open("a") as file:
@@ -121,6 +124,13 @@ class Exchange:
 
     def __init__(self, folder):
         self.trainers = {name: RemoteTrainer(f"unix:{folder}/{name}.sock", timeout_s=120) for name in NAMES}
+
+    def lists(self, requests, _deadline_s):
+        for name in sorted(requests):
+            try:
+                yield name, self.trainers[name].signed_list(requests[name])
+            except CloisterError as error:
+                yield name, Failure(Outcome.ERROR, str(error))
 
     def train(self, requests, _deadline_s):
         for name in sorted(requests):

@@ -15,6 +15,7 @@ from client.relay import app as relay_app
 from client.relay import connect_by_address
 from client.trainer_service import serve as serve_trainer
 from common.errors import InvalidInput, Unavailable
+from common.history import ListRequest, SignedHistory
 from common.messages import Description, Reply, Status, StatusCode, TrainRequest, adapter_hash
 from common.privacy import PLDAccountant
 from common.signing import SigningKey
@@ -36,6 +37,9 @@ class CountingTrainer:
             self.name, self.name, self.guard.public_key, 1000, BACKBONE,
             {n: a.shape for n, a in INITIAL.items()}, tuple(INITIAL), adapter_hash(INITIAL),
         )  # fmt: skip
+
+    def signed_list(self, request: ListRequest) -> SignedHistory:
+        return self.guard.signed_list(request)
 
     def train(self, request: TrainRequest) -> Reply | Status:
         admission = self.guard.admit(request, shapes={n: a.shape for n, a in INITIAL.items()})

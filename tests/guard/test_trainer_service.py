@@ -24,6 +24,9 @@ class GuardedTrainer:
     def describe(self):
         return DESCRIPTION
 
+    def signed_list(self, request):
+        return self.guard.signed_list(request)
+
     def train(self, request):
         admission = self.guard.admit(request, shapes=SHAPES)
         if isinstance(admission, Replay):

@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 
 from client.relay import build_relay, to_record
 from common.config import RunConfig
+from common.history import ClientHistory, ListRequest, SignedHistory
 from common.ledger import Ledger
 from common.messages import Description, Refusal, Reply, TrainRequest, adapter_hash
 from common.signing import SigningKey
@@ -50,6 +51,10 @@ class FakeTrainer:
             adapter_hash(INITIAL),
         )  # fmt: skip
 
+    def signed_list(self, request: ListRequest) -> SignedHistory:
+        request.check()
+        return SignedHistory.sign(self.key, ClientHistory(self.name, request.coordinator, (), (), HEAD))
+
     def train(self, request: TrainRequest):
         self.seen.append(request)
         return self.behave(request)
@@ -61,9 +66,17 @@ class Heard(Listener):
     def __init__(self):
         self.answers: list[tuple[int, str, str, str]] = []
         self.denials: list[tuple[int, str]] = []
+        self.corrections: dict[str, object] = {}
+        self.disagreements: list[tuple[str, str]] = []
 
     def answered(self, server_round, client, outcome, reason):
         self.answers.append((server_round, client, str(outcome), reason))
+
+    def corrected(self, client, found):
+        self.corrections[client] = found
+
+    def disagreed(self, client, reason):
+        self.disagreements.append((client, reason))
 
     def denied(self, server_round, denial):
         self.denials.append((server_round, denial.client))
