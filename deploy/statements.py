@@ -5,37 +5,23 @@ Every file is written beside and renamed, every folder too: a killed run leaves 
 
 from __future__ import annotations
 
-import datetime
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from client.adapter import save, set_arrays
 from client.guard import Guard
-from common.certificate import (
-    Attested,
-    Certificate,
-    ClientPart,
-    Epsilons,
-    Estimate,
-    SignedPart,
-    epsilons_of,
-    issue,
-    sign_part,
-    statement,
-)
+from common.certificate import Certificate, ClientPart, SignedPart, sign_part, statement
 from common.code import code_digest
 from common.config import RunConfig, default_delta
 from common.errors import InvalidInput, Refused
-from common.messages import Arrays, Envelope, adapter_hash
-from common.privacy import EdgeworthAccountant
+from common.messages import Arrays, Envelope
 from common.signing import SigningKey
-from common.statement import not_protected
 from server.accountant import EmbeddedAccountant
+from server.certify import Circumstances, certify, reasons_against
 from server.checkpoint import write_atomically
 from server.terms import ClientTerms, RunTerms
 
@@ -67,39 +53,16 @@ class Run:
 
     def certificate(self, guards: Mapping[str, Guard], final: Arrays, rounds_run: int) -> bytes:
         """The signed certificate: each client signs its own part, the coordinator the whole."""
-        terms = self.terms
-        parts = tuple(self._part(client, guards[client.name]) for client in terms.clients)
-        accounted = {client.name: self.accountant.attested(terms.run_id, client.name) for client in terms.clients}
-        epsilons = {item.part.client: self._epsilons(item, accounted[item.part.client]) for item in parts}
-        reasons = self._reasons()
-        head, signature = self.accountant.signed_head()
-        certificate = Certificate(
-            run_id=terms.run_id,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            coordinator_key=self.coordinator.public_key,
-            accountant_key=self.accountant.public_key,
-            accountant_head=head,
-            accountant_head_signature=signature,
-            backbone_hash=terms.backbone_hash,
-            initial_adapter_hash=terms.initial_hash,
-            adapter_hash=adapter_hash(final),
-            aggregation=terms.aggregation,
-            server_optimizer=terms.server_optimizer,
-            noise_schedule=self.config.noise_schedule,
-            noise_allocation=self.config.noise_allocation,
-            rounds_planned=terms.rounds,
+        return certify(
+            config=self.config,
+            terms=self.terms,
+            accountant=self.accountant,
+            coordinator=self.coordinator,
+            parts=[self._part(client, guards[client.name]) for client in self.terms.clients],
+            final=final,
             rounds_run=rounds_run,
-            simulation=True,
-            private=not reasons,
-            reasons=reasons,
-            parts=parts,
-            accounted=accounted,
-            epsilons=epsilons,
-            not_protected=not_protected(release="immediate", anchored=False, simulation=True),
-            notes=self._notes(),
-            software=f"cloister {version('cloister')}",
+            circumstances=Circumstances(simulation=True, reasons=reasons_against(self.config), notes=self._notes()),
         )
-        return issue(self.coordinator, certificate)
 
     def _part(self, client: ClientTerms, guard: Guard) -> SignedPart:
         """What the organisation attests from its own book; a client that was never asked attests that nothing began."""
@@ -127,22 +90,6 @@ class Run:
             code_digest=program,
         )
         return sign_part(self.client_keys[client.name], part)
-
-    def _epsilons(self, item: SignedPart, accounted: Sequence[Attested]) -> Epsilons:
-        events = [one.event for one in accounted if one.event is not None]
-        estimate = None
-        if events and self.terms.relation != "replace_one":
-            found = EdgeworthAccountant(order=2, tilted=True).compose_all(events).estimate(delta=item.part.delta)
-            estimate = Estimate(found.epsilon, found.skewness, found.in_regime)
-        return epsilons_of(item.part, accounted, estimate)
-
-    def _reasons(self) -> tuple[str, ...]:
-        reasons = []
-        if self.config.no_privacy:
-            reasons.append("the run was made with --no-privacy: neither clipping nor noise")
-        if self.config.seed is not None:
-            reasons.append("noise and sampling come from --seed, which whoever knows it can repeat")
-        return tuple(reasons)
 
     def _notes(self) -> tuple[str, ...]:
         notes = ["a simulation: every party ran in one process, with keys made for this run"]

@@ -1,0 +1,131 @@
+"""The end of a run as a certificate: the clients' signed parts, the accountant's book, the coordinator's signature."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Protocol
+
+from common.certificate import Attested, Certificate, Epsilons, Estimate, SignedPart, epsilons_of, issue
+from common.config import RunConfig
+from common.errors import InvalidInput
+from common.messages import Arrays, adapter_hash
+from common.privacy import EdgeworthAccountant
+from common.signing import SigningKey, verify
+from common.statement import not_protected
+from server.terms import RunTerms
+
+
+class Accounts(Protocol):
+    """What the certificate needs of an accountant, embedded or remote."""
+
+    @property
+    def public_key(self) -> str:
+        """Signs the head."""
+
+    def attested(self, run_id: str, client: str) -> tuple[Attested, ...]:
+        """Every reservation that counts."""
+
+    def signed_head(self) -> tuple[str, str]:
+        """The ledger's head and the signature over it."""
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a certificate says of a run besides its numbers.
+
+    Attributes:
+        simulation: every party ran in one process. reasons: why the statement of ε does not hold, if it does not.
+        notes: further facts, for people.
+    """
+
+    simulation: bool
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def certify(
+    *,
+    config: RunConfig,
+    terms: RunTerms,
+    accountant: Accounts,
+    coordinator: SigningKey,
+    parts: Sequence[SignedPart],
+    final: Arrays,
+    rounds_run: int,
+    circumstances: Circumstances,
+) -> bytes:
+    """The signed certificate: each client has signed its own part, the coordinator signs the whole.
+
+    Raises:
+        InvalidInput: it would not verify.
+    """
+    accounted = {client.name: accountant.attested(terms.run_id, client.name) for client in terms.clients}
+    epsilons = {item.part.client: _epsilons(item, accounted[item.part.client], terms) for item in parts}
+    head, signature = accountant.signed_head()
+    certificate = Certificate(
+        run_id=terms.run_id,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        coordinator_key=coordinator.public_key,
+        accountant_key=accountant.public_key,
+        accountant_head=head,
+        accountant_head_signature=signature,
+        backbone_hash=terms.backbone_hash,
+        initial_adapter_hash=terms.initial_hash,
+        adapter_hash=adapter_hash(final),
+        aggregation=terms.aggregation,
+        server_optimizer=terms.server_optimizer,
+        noise_schedule=config.noise_schedule,
+        noise_allocation=config.noise_allocation,
+        rounds_planned=terms.rounds,
+        rounds_run=rounds_run,
+        simulation=circumstances.simulation,
+        private=not circumstances.reasons,
+        reasons=circumstances.reasons,
+        parts=tuple(parts),
+        accounted=accounted,
+        epsilons=epsilons,
+        not_protected=not_protected(release="immediate", anchored=False, simulation=circumstances.simulation),
+        notes=circumstances.notes,
+        software=f"cloister {version('cloister')}",
+    )
+    return issue(coordinator, certificate)
+
+
+def check_part(signed: SignedPart, *, client: str, public_key: str, run_id: str) -> SignedPart:
+    """A part as it came from outside, if it is this client's word on this run.
+
+    Raises:
+        Refused: another key signed it. InvalidInput: it speaks of somebody or something else.
+    """
+    part = signed.part
+    verify(public_key, "certificate-part", part.to_json(), signed.signature)
+    if (part.client, part.run_id, part.public_key) != (client, run_id, public_key):
+        raise InvalidInput(f"{client}: the part it gave is that of {part.client} in run {part.run_id}")
+    return signed
+
+
+def reasons_against(config: RunConfig) -> tuple[str, ...]:
+    """Why these settings make a run that is not private."""
+    reasons = []
+    if config.no_privacy:
+        reasons.append("the run was made with --no-privacy: neither clipping nor noise")
+    if config.seed is not None:
+        reasons.append("noise and sampling come from --seed, which whoever knows it can repeat")
+    return tuple(reasons)
+
+
+def _epsilons(item: SignedPart, accounted: Sequence[Attested], terms: RunTerms) -> Epsilons:
+    events = [one.event for one in accounted if one.event is not None]
+    estimate = None
+    if events and terms.relation != "replace_one":
+        found = EdgeworthAccountant(order=2, tilted=True).compose_all(events).estimate(delta=item.part.delta)
+        estimate = Estimate(found.epsilon, found.skewness, found.in_regime)
+    return epsilons_of(item.part, accounted, estimate)
+
+
+def missing_parts(terms: RunTerms, parts: Mapping[str, SignedPart]) -> tuple[str, ...]:
+    """The clients whose part is not there yet."""
+    return tuple(client.name for client in terms.clients if client.name not in parts)
