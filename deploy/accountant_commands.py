@@ -15,6 +15,7 @@ from common.signing import SigningKey, fingerprint
 from deploy.ledger_commands import read_anchor
 from server.accountant import EmbeddedAccountant
 from server.accountant_service import Tls, serve
+from server.revocation import RevocationList
 
 accountant_app = typer.Typer(name="accountant", help="The privacy accountant of a coordinator.", no_args_is_help=True)
 
@@ -36,6 +37,9 @@ def _serve(
     tls_authority: Annotated[
         Path | None, typer.Option("--tls-authority", help="PEM; who signs the callers' certificates")
     ] = None,
+    revoked: Annotated[
+        Path | None, typer.Option("--revoked", help="list of revoked certificates, read at every call")
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="plain text, on loopback or a Unix socket only")] = False,
     anchor: Annotated[
         str | None, typer.Option("--anchor", help="a head the ledger must hold, or a file with it (also a certificate)")
@@ -43,12 +47,13 @@ def _serve(
 ) -> None:
     """Verify the ledger, then answer until SIGTERM; a ledger older than its anchor is not served."""
     tls = tls_files(tls_certificate, tls_key, tls_authority, insecure=insecure)
+    revocations = None if revoked is None else RevocationList(revoked)
     head = None if anchor is None else read_anchor(anchor)
     with Ledger(ledger) as book:
         if head is not None:
             book.verify(anchor=head)
         accountant = EmbeddedAccountant(book, SigningKey.load_or_create(key))
-        server, listening = serve(accountant, address, tls=tls)
+        server, listening = serve(accountant, address, tls=tls, revoked=revocations)
         stopped = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopped.set())

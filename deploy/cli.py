@@ -25,6 +25,7 @@ from deploy.ledger_commands import certificate_app, ledger_app
 from deploy.options import with_run_options
 from deploy.plan_commands import calibrate, plan
 from deploy.policy_commands import policy_app, register_budget
+from deploy.provision_commands import provision_app
 
 app = typer.Typer(
     name="cloister",
@@ -78,6 +79,7 @@ register_budget(client_app)
 app.add_typer(client_app, name="client")
 app.add_typer(ledger_app)
 app.add_typer(certificate_app)
+app.add_typer(provision_app)
 
 
 @app.command()

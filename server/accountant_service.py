@@ -1,12 +1,14 @@
 """The accountant over gRPC: who may call what, and nothing that the embedded accountant does not decide.
 
 Identity comes from the caller's TLS certificate: its organisational unit is the role (``coordinator``, ``auditor`` or
-``client``), its common name the party. Plain text is served on loopback or a Unix socket only; there the machine's
+``client``), its common name the party; a certificate on the revocation list, which is read at every call, is nobody's.
+Plain text is served on loopback or a Unix socket only; there the machine's
 own users are trusted, and everybody is the coordinator.
 """
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from common.ledger import Entry
 from common.wire import accountant as translate
 from common.wire import accountant_pb2, accountant_pb2_grpc, faults
 from server.accountant import EmbeddedAccountant
+from server.revocation import RevocationList
 
 SERVICE = "cloister.v1.Accountant"
 LARGEST_MESSAGE = 32 * 2**20
@@ -126,6 +129,8 @@ class AccountantServicer(accountant_pb2_grpc.AccountantServicer):  # type: ignor
             ended, last = threading.Event(), None
             context.add_callback(ended.set)
             while not ended.is_set():
+                if self._identify(context) is None:
+                    _abort(context, grpc.StatusCode.UNAUTHENTICATED, "the certificate has been revoked")
                 if (head := self._accountant.head()) != last:
                     last = head
                     yield self._head()
@@ -190,14 +195,16 @@ def _is_about(entry: Entry, client: str) -> bool:
     return entry.kind == "reserve" and bool(entry.body["reservation"]["client"] == client)
 
 
-def by_certificate(context: Any) -> Caller | None:
-    """The caller named by its verified TLS certificate; None when it names no known role."""
+def by_certificate(context: Any, revoked: RevocationList | None = None) -> Caller | None:
+    """The caller named by its verified TLS certificate; None when it names no known role or has been revoked."""
     try:
-        pem = context.auth_context()["x509_pem_cert"][0]
-        subject = x509.load_pem_x509_certificate(pem).subject
+        certificate = x509.load_pem_x509_certificate(context.auth_context()["x509_pem_cert"][0])
+        subject = certificate.subject
         role = str(subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)[0].value)
         name = str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
     except (IndexError, KeyError, ValueError):
+        return None
+    if revoked is not None and revoked.has(certificate.serial_number):
         return None
     return Caller(role, name) if role in (COORDINATOR, AUDITOR, CLIENT) else None
 
@@ -219,7 +226,12 @@ def is_local(address: str) -> bool:
 
 
 def serve(
-    accountant: EmbeddedAccountant, address: str, *, tls: Tls | None, workers: int = 16
+    accountant: EmbeddedAccountant,
+    address: str,
+    *,
+    tls: Tls | None,
+    revoked: RevocationList | None = None,
+    workers: int = 16,
 ) -> tuple[grpc.Server, str]:
     """Start the service; returns the server and the address it listens on (port 0 becomes a free one).
 
@@ -227,6 +239,7 @@ def serve(
         accountant: verified its ledger when it was made.
         address: ``host:port`` or ``unix:path``.
         tls: None means plain text, which is refused anywhere but on this machine.
+        revoked: certificates that are no longer believed; needs ``tls``.
         workers: calls at once, streams apart.
 
     Raises:
@@ -235,6 +248,8 @@ def serve(
     """
     if tls is None and not is_local(address):
         raise InvalidInput(f"{address}: plain text is served on loopback or a Unix socket only; give certificates")
+    if tls is None and revoked is not None:
+        raise InvalidInput("a revocation list needs certificates: plain text identifies nobody")
     server = grpc.server(
         ThreadPoolExecutor(workers + MOST_STREAMS, thread_name_prefix="accountant"),
         options=[
@@ -243,7 +258,7 @@ def serve(
             ("grpc.so_reuseport", 0),
         ],
     )
-    identify = by_machine if tls is None else by_certificate
+    identify = by_machine if tls is None else functools.partial(by_certificate, revoked=revoked)
     accountant_pb2_grpc.add_AccountantServicer_to_server(AccountantServicer(accountant, identify=identify), server)
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
