@@ -24,6 +24,7 @@ from client.checks import Finding, check_adapter, check_agreement, check_policy,
 from client.journal import Journal, Replies, State, Use, as_sent, lock_exclusively
 from client.policy import DatasetPolicy, Policy
 from common import errors
+from common.attestation import PartRequest
 from common.certificate import Attested, ClientPart, SignedPart, sign_part
 from common.charge import charge
 from common.errors import LedgerCorrupt
@@ -289,6 +290,42 @@ class Guard:
                 rounds=rounds,
                 first_head=charged.first_head,
                 last_head=self._ledger.head(coordinator),
+                code_digest=code_digest,
+            )
+            return sign_part(self._key, part)
+
+    def signed_part(self, request: PartRequest, *, code_digest: str) -> SignedPart:
+        """The part for the pinned coordinator that signed ``request``; nothing is written.
+
+        Where nothing was ever charged for that run, the part says that nothing began.
+
+        Raises:
+            errors.Refused: another client or data set is asked for, or no pinned coordinator asks.
+        """
+        allowed = self.policy.datasets.get(request.dataset)
+        if allowed is None or request.client != self.policy.organisation:
+            raise errors.Refused("this part is asked of another organisation or data set")
+        if request.coordinator not in self.policy.coordinator_keys:
+            raise errors.Refused("this part is for a pinned coordinator")
+        request.check()
+        with self._lock:
+            if (request.coordinator, request.run_id, request.dataset) in self._journal.charged:
+                return self.part(request.coordinator, request.run_id, request.dataset, code_digest=code_digest)
+            head = self._ledger.head(request.coordinator)
+            part = ClientPart(
+                run_id=request.run_id,
+                client=self.policy.organisation,
+                dataset=request.dataset,
+                public_key=self.public_key,
+                relation=allowed.relation,
+                delta=allowed.delta_per_run,
+                target_epsilon=allowed.epsilon_per_run if request.envelope.events else None,
+                declared_records=allowed.declared_records,
+                clipping_norm=0.0,
+                envelope=request.envelope,
+                rounds=(),
+                first_head=head,
+                last_head=head,
                 code_digest=code_digest,
             )
             return sign_part(self._key, part)

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from client.guard import Guard
+from common.attestation import PartRequest
+from common.certificate import SignedPart
 from common.errors import InvalidInput, Unavailable
 from common.history import ListRequest, SignedHistory
 from common.messages import Description, Refusal, Reply, Status, TrainRequest
@@ -85,6 +87,10 @@ class WatchedTrainer:
     def signed_list(self, request: ListRequest) -> SignedHistory | Status:
         """See the trainer."""
         return self._trainer.signed_list(request)
+
+    def signed_part(self, request: PartRequest) -> SignedPart | Status:
+        """See the trainer."""
+        return self._trainer.signed_part(request)
 
     def train(self, request: TrainRequest) -> Reply | Refusal | Status:
         """One round."""

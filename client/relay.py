@@ -15,6 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from client.trainer_service import RemoteTrainer
+from common.attestation import PartRequest, part_to_json
+from common.certificate import SignedPart
 from common.errors import CloisterError, InvalidInput
 from common.history import ListRequest, SignedHistory
 from common.messages import Arrays, Description, Refusal, Reply, Status, StatusCode, TrainRequest
@@ -31,6 +33,9 @@ class TrainerConnection(Protocol):
 
     def signed_list(self, request: ListRequest) -> SignedHistory | Status:
         """What was charged and began for the coordinator that signed ``request``."""
+
+    def signed_part(self, request: PartRequest) -> SignedPart | Status:
+        """The signed part of the certificate of a run of the coordinator that signed ``request``."""
 
 
 def build_relay(connect: Callable[[Context], TrainerConnection]) -> ClientApp:
@@ -51,6 +56,17 @@ def build_relay(connect: Callable[[Context], TrainerConnection]) -> ClientApp:
             answer = Status(StatusCode.UNAVAILABLE)
         if isinstance(answer, SignedHistory):
             return _answer(message, "list", answer.to_json())
+        return _answer(message, "status", {"code": str(answer.code)})
+
+    @app.query("part")
+    def signed_part(message: Message, context: Context) -> Message:
+        request = PartRequest.from_json(json.loads(str(message.content.config_records["request"]["json"])))
+        try:
+            answer = connect(context).signed_part(request)
+        except CloisterError:
+            answer = Status(StatusCode.UNAVAILABLE)
+        if isinstance(answer, SignedPart):
+            return _answer(message, "part", part_to_json(answer))
         return _answer(message, "status", {"code": str(answer.code)})
 
     @app.train()

@@ -25,6 +25,9 @@ import torch
 from client.engine import Adam, Engine, NoiseSource, Sgd, private_step
 from client.engine.batches import Example
 from client.guard import Granted, Guard, Lost, Refused, Replay
+from common.attestation import PartRequest
+from common.certificate import SignedPart
+from common.code import code_digest
 from common.history import ListRequest, SignedHistory
 from common.messages import (
     Arrays,
@@ -40,6 +43,9 @@ from common.messages import (
 from common.privacy.sampling import PoissonSampler
 
 log = logging.getLogger(__name__)
+
+PROGRAM = ("client", "common", "server")
+"""The packages whose source a certificate names as the program that trained."""
 
 
 class StepListener(Protocol):
@@ -133,6 +139,14 @@ class Trainer:
             return self._guard.signed_list(request)
         except Exception:
             log.exception("no list is given for this request")
+            return Status(StatusCode.UNAVAILABLE)
+
+    def signed_part(self, request: PartRequest) -> SignedPart | Status:
+        """This organisation's part of the certificate of that coordinator's run; no exception leaves either."""
+        try:
+            return self._guard.signed_part(request, code_digest=code_digest(*PROGRAM))
+        except Exception:
+            log.exception("no part is given for this request")
             return Status(StatusCode.UNAVAILABLE)
 
     def _train(self, request: TrainRequest) -> Reply | Refusal | Status:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import grpc
 
+from common.attestation import PartRequest
+from common.certificate import SignedPart
 from common.errors import CloisterError, InvalidInput, Unavailable
 from common.history import ListRequest, SignedHistory
 from common.messages import Description, Refusal, Reply, Status, StatusCode, TrainRequest
@@ -34,6 +36,9 @@ class Trains(Protocol):
 
     def signed_list(self, request: ListRequest) -> SignedHistory | Status:
         """What was charged and began for the coordinator that signed ``request``."""
+
+    def signed_part(self, request: PartRequest) -> SignedPart | Status:
+        """The signed part of the certificate of a run of the coordinator that signed ``request``."""
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServicer):  # type: ignore[misc]
@@ -68,6 +73,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):  # type: ignore[misc]
             answer = Status(StatusCode.UNAVAILABLE)
         return translate.write_list_response(answer)
 
+    def SignedPart(self, request: Any, context: Any) -> Any:
+        """See the schema; the answer is a signed part or a status."""
+        answer: SignedPart | Status
+        try:
+            answer = self._trainer.signed_part(translate.read_part_request(request))
+        except InvalidInput:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is malformed")
+        except Exception:
+            answer = Status(StatusCode.UNAVAILABLE)
+        return translate.write_part_response(answer)
+
 
 def serve(trainer: Trains, address: str, *, workers: int = 4) -> grpc.Server:
     """Start answering on ``address`` (``unix:PATH``, or ``host:port`` of a network that only the relay shares).
@@ -93,7 +109,7 @@ def serve(trainer: Trains, address: str, *, workers: int = 4) -> grpc.Server:
 
 
 class RemoteTrainer:
-    """A trainer behind its service: the same three calls.
+    """A trainer behind its service: the same four calls.
 
     All raise ``Unavailable`` when it cannot be reached in time, ``InvalidInput`` when it calls the request malformed.
     """
@@ -127,6 +143,11 @@ class RemoteTrainer:
         """What was charged and began for the coordinator that signed ``request``."""
         message = self._call(self._stub.SignedList, translate.write_list_request(request))
         return translate.read_list_response(message)
+
+    def signed_part(self, request: PartRequest) -> SignedPart | Status:
+        """The signed part of a run's certificate."""
+        message = self._call(self._stub.SignedPart, translate.write_part_request(request))
+        return translate.read_part_response(message)
 
     def _call(self, method: Any, request: Any) -> Any:
         """One call; a trainer that is away is waited for: the same request gets the same bytes, however often."""

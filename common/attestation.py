@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common.certificate import ClientPart, SignedPart
 from common.errors import InvalidInput
 from common.messages import Envelope
 from common.signing import SigningKey, verify
@@ -73,3 +74,24 @@ class PartRequest:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInput(f"a request for a part holds an envelope ({error!r})") from error
         return cls(coordinator, run_id, client, dataset, envelope, signature)
+
+
+def part_to_json(signed: SignedPart) -> dict[str, Any]:
+    """A signed part as a JSON object."""
+    return {"part": signed.part.to_json(), "signature": signed.signature}
+
+
+def part_from_json(value: Mapping[str, Any]) -> SignedPart:
+    """The inverse of ``part_to_json``; the signature is not checked here.
+
+    Raises:
+        InvalidInput: it is malformed.
+    """
+    try:
+        part = ClientPart.from_json(value["part"])
+        signature = value["signature"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidInput(f"this part of a certificate is malformed: {error!r}") from error
+    if not isinstance(signature, str):
+        raise InvalidInput("a signed part holds a part and a signature")
+    return SignedPart(part, signature)

@@ -1,17 +1,18 @@
 """What coordinator, relay and trainer say to each other, as frozen dataclasses.
 
-Downwards goes a ``TrainRequest`` (and, at join and restart, a ``ListRequest``). Upwards go five things, and nothing
-else ever leaves an organisation:
+Downwards goes a ``TrainRequest`` (a ``ListRequest`` at join and restart, a ``PartRequest`` at the end of a run). Upwards
+go six things, and nothing else ever leaves an organisation:
 
 * ``Reply``: the noised update, the reservation it was made under, the head of the chain kept for that coordinator;
 * ``Refusal``: signed, with a reason from a fixed enumeration;
 * ``Status``: one word of a fixed enumeration;
 * ``Description``: public facts (names and shapes of the adapter, the backbone's hash, declared sizes, keys);
 * ``SignedHistory`` (``common/history.py``): what was charged and began for the very coordinator that asks, so nothing
-  that it did not request itself.
+  that it did not request itself;
+* ``SignedPart`` (``common/certificate.py``): its part of the certificate of a run of the very coordinator that asks.
 
 No field is free text (it could carry a record) and none is a count, a loss, a norm or a progress
-(``tests/test_messages.py`` fails when a sixth kind or a fourth field of ``Reply`` appears).
+(``tests/test_messages.py`` fails when a seventh kind or a fourth field of ``Reply`` appears).
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ from client.engine.batches import Example
 from client.guard import Guard
 from client.policy import DatasetPolicy, Policy
 from client.trainer import StepListener, Trainer, Workbench
+from common.attestation import PartRequest
+from common.certificate import SignedPart
 from common.config import RunConfig
 from common.history import ListRequest, SignedHistory
 from common.messages import Description, Refusal, Reply, Status, TrainRequest, adapter_hash
@@ -158,6 +160,9 @@ class _OneCall:
 
     def signed_list(self, request: ListRequest) -> SignedHistory | Status:
         return self._with_trainer(lambda trainer: trainer.signed_list(request))
+
+    def signed_part(self, request: PartRequest) -> SignedPart | Status:
+        return self._with_trainer(lambda trainer: trainer.signed_part(request))
 
     def _with_trainer(self, call):  # type: ignore[no-untyped-def]
         config, terms, state, workshop = _actor(self.folder)

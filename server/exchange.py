@@ -16,6 +16,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from common.attestation import PartRequest, part_from_json
+from common.certificate import SignedPart
 from common.errors import InvalidInput, Unavailable
 from common.history import ListRequest, SignedHistory
 from common.messages import Arrays, Description, Refusal, Reply, Status, StatusCode, TrainRequest
@@ -100,19 +102,31 @@ class Exchange:
         self, requests: Mapping[str, ListRequest], deadline_s: float
     ) -> Iterator[tuple[str, SignedHistory | Failure]]:
         """Ask these clients for their signed lists; each answer in the order of names, none of them checked."""
-        names = sorted(requests)
+        return self._query("list", {name: vars(request) for name, request in requests.items()}, deadline_s, _parse_list)
+
+    def parts(
+        self, requests: Mapping[str, PartRequest], deadline_s: float
+    ) -> Iterator[tuple[str, SignedPart | Failure]]:
+        """Ask these clients for their parts of the certificate; in the order of names, none of them checked."""
+        asked = {name: request.to_json() for name, request in requests.items()}
+        return self._query("part", asked, deadline_s, _parse_part)
+
+    def _query(
+        self, kind: str, asked: Mapping[str, Mapping[str, object]], deadline_s: float, parse: Callable[[RecordDict], T]
+    ) -> Iterator[tuple[str, T | Failure]]:
+        names = sorted(asked)
         messages = [
             Message(
-                RecordDict({"request": ConfigRecord({"json": json.dumps(vars(requests[name]))})}),
+                RecordDict({"request": ConfigRecord({"json": json.dumps(asked[name])})}),
                 dst_node_id=self._nodes[name],
-                message_type=f"{MessageType.QUERY}.list",
+                message_type=f"{MessageType.QUERY}.{kind}",
             )
             for name in names
         ]
         deadline = self._clock() + deadline_s
         ids = list(self._grid.push_messages(messages))
         for name, identity in zip(names, ids, strict=True):
-            yield name, _read(self._wait(identity, deadline), _parse_list)
+            yield name, _read(self._wait(identity, deadline), parse)
 
     def _message(self, name: str, request: TrainRequest) -> Message:
         content = RecordDict(
@@ -160,6 +174,14 @@ def _parse_list(content: RecordDict) -> SignedHistory:
         code = StatusCode(json.loads(str(records["status"]["json"]))["code"])
         raise InvalidInput(f"the trainer says {code}")
     return SignedHistory.from_json(json.loads(str(records["list"]["json"])))
+
+
+def _parse_part(content: RecordDict) -> SignedPart:
+    records = content.config_records
+    if "status" in records:
+        code = StatusCode(json.loads(str(records["status"]["json"]))["code"])
+        raise InvalidInput(f"the trainer says {code}")
+    return part_from_json(json.loads(str(records["part"]["json"])))
 
 
 def _parse(content: RecordDict) -> Answer:

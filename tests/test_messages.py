@@ -14,6 +14,7 @@ from client.relay import TrainerConnection
 from client.trainer import Trainer
 from client.trainer_service import RemoteTrainer, Trains
 from common import messages
+from common.certificate import Attested, ClientPart, SignedPart
 from common.errors import Refused
 from common.history import Begun, ChargedRun, ClientHistory, SignedHistory
 from common.messages import (
@@ -61,20 +62,22 @@ def calls(kind: type) -> dict[str, object]:
     return {name: typing.get_type_hints(one)["return"] for name, one in methods.items()}
 
 
-def test_exactly_five_kinds_leave_an_organisation():
-    """Four of every run, and the signed list of what the coordinator that asks had requested itself."""
+def test_exactly_six_kinds_leave_an_organisation():
+    """Four of every run, and two signed statements about what the coordinator that asks had requested itself."""
     asked = calls(TrainerConnection)
     assert asked == calls(Trainer)
     assert asked == calls(Trains)
     assert asked == {name: kind for name, kind in calls(RemoteTrainer).items() if name != "close"}
-    assert set(asked) == {"describe", "train", "signed_list"}
+    assert set(asked) == {"describe", "train", "signed_list", "signed_part"}
     assert set().union(*(leaves(kind) for kind in asked.values())) == {
-        Reply, Refusal, Status, Description, SignedHistory,
+        Reply, Refusal, Status, Description, SignedHistory, SignedPart,
     }  # fmt: skip
     services = trainer_pb2.DESCRIPTOR.services_by_name["Trainer"].methods_by_name
-    assert set(services) == {"Describe", "Train", "SignedList"}
+    assert set(services) == {"Describe", "Train", "SignedList", "SignedPart"}
     assert [field.name for field in trainer_pb2.ListResponse.DESCRIPTOR.fields] == ["signed", "status"]
     assert [field.name for field in trainer_pb2.SignedHistory.DESCRIPTOR.fields] == ["history", "signature"]
+    assert [field.name for field in trainer_pb2.PartResponse.DESCRIPTOR.fields] == ["signed", "status"]
+    assert [field.name for field in trainer_pb2.SignedPart.DESCRIPTOR.fields] == ["part", "signature"]
 
 
 def test_a_reply_has_three_fields_and_no_fourth():
@@ -103,6 +106,16 @@ def test_no_field_that_leaves_is_free_text_or_a_number_about_records():
             "epsilon": float | None, "envelope": Envelope,
         },
         Begun: {"reservation": Reservation, "participation": int},
+        SignedPart: {"part": ClientPart, "signature": str},
+        ClientPart: {
+            "run_id": str, "client": str, "dataset": str, "public_key": str, "relation": str, "delta": float,
+            "target_epsilon": float | None, "declared_records": int, "clipping_norm": float, "envelope": Envelope,
+            "rounds": tuple[Attested, ...], "first_head": str, "last_head": str, "code_digest": str, "unit": str,
+            "sampler": str,
+        },
+        Attested: {
+            "reservation_id": str, "server_round": int, "participation": int, "event": SampledGaussian | None,
+        },
     }  # fmt: skip
     for kind, expected in allowed.items():
         assert typing.get_type_hints(kind) == expected, kind.__name__

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 import numpy as np
 
+from common.attestation import PartRequest, part_from_json
+from common.certificate import SignedPart
 from common.errors import InvalidInput
 from common.history import ListRequest, SignedHistory
 from common.messages import Arrays, Description, Plan, Refusal, Reply, Status, StatusCode, TrainRequest
@@ -139,6 +142,43 @@ def read_list_response(message: trainer_pb2.ListResponse) -> SignedHistory | Sta
     if kind == "status":
         return Status(known(_STATUSES, message.status, "status"))
     raise InvalidInput("ListResponse: there is no answer in it")
+
+
+def write_part_request(request: PartRequest) -> trainer_pb2.PartRequest:
+    """The coordinator's signed question."""
+    return trainer_pb2.PartRequest(**(vars(request) | {"envelope": write_envelope(request.envelope)}))
+
+
+@strict
+def read_part_request(message: trainer_pb2.PartRequest) -> PartRequest:
+    """The inverse of ``write_part_request``; the signature is not checked here."""
+    present(message, "envelope")
+    named(coordinator=message.coordinator, run_id=message.run_id, client=message.client, dataset=message.dataset)
+    body = {name: getattr(message, name) for name in PartRequest.__dataclass_fields__}
+    return PartRequest(**(body | {"envelope": read_envelope(message.envelope)}))
+
+
+def write_part_response(answer: SignedPart | Status) -> trainer_pb2.PartResponse:
+    """The part as the text that was signed, or one word."""
+    if isinstance(answer, Status):
+        return trainer_pb2.PartResponse(status=_STATUS_NUMBERS[answer.code])
+    text = canonical(answer.part.to_json()).decode()
+    return trainer_pb2.PartResponse(signed=trainer_pb2.SignedPart(part=text, signature=answer.signature))
+
+
+@strict
+def read_part_response(message: trainer_pb2.PartResponse) -> SignedPart | Status:
+    """The inverse of ``write_part_response``; the signature is not checked here."""
+    kind = message.WhichOneof("answer")
+    if kind == "signed":
+        try:
+            part = json.loads(message.signed.part)
+        except (ValueError, RecursionError) as error:
+            raise InvalidInput("a signed part is a JSON object") from error
+        return part_from_json({"part": part, "signature": message.signed.signature})
+    if kind == "status":
+        return Status(known(_STATUSES, message.status, "status"))
+    raise InvalidInput("PartResponse: there is no answer in it")
 
 
 def write_description(description: Description) -> trainer_pb2.Description:

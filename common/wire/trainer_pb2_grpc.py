@@ -49,6 +49,11 @@ class TrainerStub:
                 request_serializer=cloister_dot_v1_dot_trainer__pb2.ListRequest.SerializeToString,
                 response_deserializer=cloister_dot_v1_dot_trainer__pb2.ListResponse.FromString,
                 _registered_method=True)
+        self.SignedPart = channel.unary_unary(
+                '/cloister.v1.Trainer/SignedPart',
+                request_serializer=cloister_dot_v1_dot_trainer__pb2.PartRequest.SerializeToString,
+                response_deserializer=cloister_dot_v1_dot_trainer__pb2.PartResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServicer:
@@ -75,6 +80,13 @@ class TrainerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SignedPart(self, request, context):
+        """This organisation's signed part of a run's certificate, for the coordinator whose run it is, and for no other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_TrainerServicer_to_server(servicer, server):
                     servicer.SignedList,
                     request_deserializer=cloister_dot_v1_dot_trainer__pb2.ListRequest.FromString,
                     response_serializer=cloister_dot_v1_dot_trainer__pb2.ListResponse.SerializeToString,
+            ),
+            'SignedPart': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignedPart,
+                    request_deserializer=cloister_dot_v1_dot_trainer__pb2.PartRequest.FromString,
+                    response_serializer=cloister_dot_v1_dot_trainer__pb2.PartResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class Trainer:
             '/cloister.v1.Trainer/SignedList',
             cloister_dot_v1_dot_trainer__pb2.ListRequest.SerializeToString,
             cloister_dot_v1_dot_trainer__pb2.ListResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignedPart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.v1.Trainer/SignedPart',
+            cloister_dot_v1_dot_trainer__pb2.PartRequest.SerializeToString,
+            cloister_dot_v1_dot_trainer__pb2.PartResponse.FromString,
             options,
             channel_credentials,
             insecure,
