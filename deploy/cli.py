@@ -21,6 +21,7 @@ from rich.markup import escape
 from common.config import RunConfig
 from common.errors import CloisterError, Interrupted
 from deploy.accountant_commands import accountant_app
+from deploy.backbone_commands import backbone_app
 from deploy.ledger_commands import certificate_app, ledger_app
 from deploy.options import with_run_options
 from deploy.plan_commands import calibrate, plan
@@ -80,6 +81,7 @@ app.add_typer(client_app, name="client")
 app.add_typer(ledger_app)
 app.add_typer(certificate_app)
 app.add_typer(provision_app)
+app.add_typer(backbone_app)
 
 
 @app.command()
