@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from client.engine.adaptive import AdaptiveClipping
 from client.engine.batches import Batch, Example
-from client.engine.clipping import FlatClipping, Rule, as_rule, check_clipping_norm
+from client.engine.clipping import FlatClipping, Rule, as_rule, check_clipping_norm, sound_noise_std
 from client.engine.engine import Engine
 from client.engine.fused import FusedRows
 from client.engine.losses import causal_lm_loss, classification_loss
@@ -46,7 +46,7 @@ def private_step(
     """
     _positive(noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size)
     rule = as_rule(clipping_norm)
-    std = rule.noise_std(engine.layout, noise_multiplier)
+    std = sound_noise_std(rule, engine.layout, noise_multiplier)
     total = engine.clipped_sum(examples, rule)
     return torch.from_numpy(release(total.to("cpu", torch.float64).numpy(), std, expected_batch_size, noise))
 
@@ -60,10 +60,24 @@ def adaptive_step(
     noise_multiplier: float,
     expected_batch_size: float,
     noise: NoiseSource,
+    make_rule: Callable[[float], Rule] = FlatClipping,
 ) -> tuple[Tensor, float]:
     """A private step that also releases the noised unclipped fraction, and moves C by it (DESIGN §4.5).
 
     Both releases together cost one Gaussian of ``noise_multiplier``: the gradient gets the larger z_Δ in its place.
+    One record moves the sum by at most C (in the rule's own norm) and the centred count by ½; whitened by the noise's
+    standard deviations z_Δ·C and σ_b, the pair moves by at most √(z_Δ⁻² + (2σ_b)⁻²) = 1/z. C is fixed within the step
+    and follows released counts only, so steps compose as if C were constant.
+
+    Args:
+        engine: as in ``private_step``, and so are examples, noise_multiplier, expected_batch_size and noise.
+        examples: this step's draw.
+        clipping_norm: this step's C.
+        settings: the public settings of the adaptation.
+        noise_multiplier: z, what the step is charged at.
+        expected_batch_size: the declared constant.
+        noise: the reservation's source.
+        make_rule: from C to the rule; flat clipping by default.
 
     Returns:
         The noised mean gradient, float32 [P], and the next step's C. C is private to this organisation.
@@ -73,9 +87,9 @@ def adaptive_step(
     """
     _positive(noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size)
     multiplier = settings.gradient_noise_multiplier(noise_multiplier)
-    rule = as_rule(clipping_norm)
+    rule = make_rule(clipping_norm)
+    std = sound_noise_std(rule, engine.layout, multiplier)
     total, bits = engine.clipped_sum_and_bits(examples, rule)
-    std = rule.noise_std(engine.layout, multiplier)
     gradient = release(total.to("cpu", torch.float64).numpy(), std, expected_batch_size, noise)
     count = release(np.array([bits]), settings.count_noise, expected_batch_size, noise)
     return torch.from_numpy(gradient), settings.next(clipping_norm, 0.5 + float(count[0]))

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from client.engine import AdaptiveClipping, FlatClipping, Group, GroupClipping, ShapedClipping
-from client.engine.clipping import row_norms, slot_norms
+from client.engine.clipping import row_norms, slot_norms, sound_noise_std
 from client.engine.layout import Arena, Layout, arena_bytes
 from common.errors import InvalidInput
 from common.privacy.allocation import group_noise_multiplier, weighted_noise_multiplier
@@ -28,6 +28,11 @@ RULES = {
     "flat": lambda c: FlatClipping(c),
     "shaped": lambda c: ShapedClipping(c, {"first": 3.0, "second": 0.25}),
     "groups": lambda c: GroupClipping((Group(("first",), c, 0.3), Group(("second",), c / 3, 0.7))),
+    "automatic": lambda c: FlatClipping(c, stability=0.01),
+    "automatic, shaped": lambda c: ShapedClipping(c, {"first": 3.0, "second": 0.25}, stability=0.01),
+    "automatic, groups": lambda c: GroupClipping(
+        (Group(("first",), c, 0.3), Group(("second",), c / 3, 0.7)), stability=0.01
+    ),
 }
 
 
@@ -240,3 +245,51 @@ def test_a_count_that_costs_more_than_the_step_is_refused(z):
 def test_arena_bytes_are_what_an_example_takes():
     arena, _ = filled(np.ones((3, LAYOUT.num_parameters)))
     assert arena.bytes_per_example == arena.rows[0].numel() * 4 == arena_bytes([(3, 500), (7,)])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_noise_of_every_rule_hides_a_record_as_its_multiplier_says(name):
+    rule = RULES[name](0.7)
+    assert rule.hides(LAYOUT, sound_noise_std(rule, LAYOUT, 1.3)) == pytest.approx(1.3, rel=1e-9)
+
+
+class WeightedNoise(FlatClipping):
+    """The unsound reading of importance: weights of mean 1 on the noise, ordinary clipping."""
+
+    def noise_std(self, layout, noise_multiplier):
+        return ShapedClipping(self.clipping_norm, {"first": 1.001, "second": 0.25}).noise_std(layout, noise_multiplier)
+
+
+def test_importance_weights_under_plain_clipping_are_refused_before_a_record_is_read():
+    rule = WeightedNoise(1.0)
+    assert rule.hides(LAYOUT, rule.noise_std(LAYOUT, 2.0)) == pytest.approx(
+        weighted_noise_multiplier(2.0, [1.001, 0.25])
+    )
+    with pytest.raises(InvalidInput, match=r"amounts to a noise multiplier of 0.5, but 2 is charged"):
+        sound_noise_std(rule, LAYOUT, 2.0)
+    scaled = ShapedClipping(1.0, {"first": 1.001, "second": 0.25})
+    assert np.array_equal(sound_noise_std(scaled, LAYOUT, 2.0), rule.noise_std(LAYOUT, 2.0))
+
+
+def test_automatic_clipping_makes_every_row_almost_as_long_as_the_threshold():
+    values = np.random.default_rng(4).normal(size=(3, LAYOUT.num_parameters)) * np.array([[1e-3], [1.0], [1e3]])
+    for row in values:
+        arena, rows = filled([row])
+        total = arena.vector()
+        FlatClipping(2.0, stability=0.01).add(rows, LAYOUT, total)
+        norm = np.linalg.norm(row)
+        found = total[: LAYOUT.num_parameters].numpy()
+        np.testing.assert_allclose(found, 2.0 * row / (norm + 0.01), rtol=1e-5)
+
+
+def test_automatic_clipping_keeps_zero_at_zero():
+    arena, rows = filled(np.zeros((1, LAYOUT.num_parameters)))
+    total = arena.vector()
+    FlatClipping(2.0, stability=0.01).add(rows, LAYOUT, total)
+    assert not total.any()
+
+
+@pytest.mark.parametrize("stability", [0.0, -1.0, math.nan, math.inf])
+def test_a_stability_constant_out_of_range_is_refused(stability):
+    with pytest.raises(InvalidInput, match="stability"):
+        FlatClipping(1.0, stability)
