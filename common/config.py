@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import InvalidInput
+
+EMBEDDED = "embedded"
+"""The accountant in the coordinator's own process."""
 
 
 def dashed(name: str) -> str:
@@ -155,6 +159,17 @@ class RunConfig(_Settings):
     )
     public_seed: int = Field(0, ge=0, description="fixes split, initialisation and order of clients; stays private")
     no_privacy: bool = Field(False, description="train without clipping and noise; marks 'not private'")
+    accountant: str = Field(
+        EMBEDDED,
+        description="where budgets are kept: embedded, grpcs://host:port or grpc+unix:///path of 'cloister accountant "
+        "serve'",
+    )
+    accountant_certificate: str | None = Field(default=None, description="PEM: who we are to the accountant (grpcs)")
+    accountant_key: str | None = Field(default=None, description="PEM: the private key of that certificate")
+    accountant_authority: str | None = Field(default=None, description="PEM: who signed the accountant's certificate")
+    accountant_public_key: str | None = Field(
+        default=None, description="the accountant's Ed25519 key, base64; without it the first one that answers is kept"
+    )
     output: str | None = Field(default=None, description="folder for the results; default runs/NNN")
     resume: bool = Field(False, description="go on with the run in --output from its last finished round")
     clients: dict[str, ClientSettings] = Field(default_factory=dict, description="settings per organisation")
@@ -165,6 +180,13 @@ class RunConfig(_Settings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("accountant")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if value == EMBEDDED or re.fullmatch(r"grpcs://[^/\s]+:\d{1,5}|grpc\+unix:///\S+", value):
+            return value
+        raise ValueError(f"must be embedded, grpcs://host:port or grpc+unix:///path, got {value!r}")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -20,6 +20,7 @@ GROUPS = {
     "rank": "Adapter",
     "optimizer": "Optimisation",
     "engine": "Engine",
+    "accountant": "Accountant",
     "output": "Run",
 }
 """The first setting of each panel of ``--help``, in the order of ``RunConfig``."""

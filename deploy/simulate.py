@@ -28,7 +28,6 @@ from client.trainer import StepListener, Trainer
 from common.certificate import Certificate
 from common.config import RunConfig
 from common.errors import CloisterError, InvalidInput, Unavailable
-from common.ledger import Ledger
 from common.messages import Arrays
 from deploy.inprocess_grid import InProcessGrid
 from deploy.inputs import Inputs, classes_of, declared_records, gather, next_output, tokenise, tokenise_silos
@@ -44,7 +43,7 @@ from deploy.simulated_clients import (
 )
 from deploy.statements import Run, write_adapter, write_metrics
 from deploy.workshop import Workshop, open_workshop, set_threads
-from server.accountant import EmbeddedAccountant
+from server.accountants import Accountant, open_accountant
 from server.app import build_server_app
 from server.checkpoint import write_atomically
 from server.exchange import Exchange
@@ -52,8 +51,11 @@ from server.rounds import Finished, Listener, RoundLoop
 from server.terms import RunTerms, draw_up
 
 CONNECT_TIMEOUT_S = 120.0
-NOT_COMPARED = frozenset({"resume", "output", "threads", "backend", "micro_batch_size", "device"})
-"""Settings that may differ when a run is resumed: they change speed, not what is computed."""
+NOT_COMPARED = frozenset(
+    {"resume", "output", "threads", "backend", "micro_batch_size", "device"}
+    | {"accountant_certificate", "accountant_key", "accountant_authority"}
+)
+"""Settings that may differ when a run is resumed: they change speed or how the accountant is reached, nothing else."""
 
 
 DEMO_PRESET: Mapping[str, Any] = {
@@ -138,12 +140,16 @@ class _Session:
     watcher: Watcher
 
     def run(self) -> Result:
-        with Ledger(self.output / "ledger.sqlite") as ledger:
-            accountant = EmbeddedAccountant(ledger, self.state.key("accountant"))
+        with open_accountant(
+            self.config,
+            ledger=self.output / "ledger.sqlite",
+            key=self.state.key_file("accountant"),
+            seen=self.state.accountant_file,
+        ) as accountant:
             finished = self._train(accountant)
             return self._write(accountant, finished)
 
-    def _train(self, accountant: EmbeddedAccountant) -> Finished:
+    def _train(self, accountant: Accountant) -> Finished:
         done: list[Finished] = []
 
         def serve(grid: Grid, _context: Context) -> None:
@@ -156,7 +162,7 @@ class _Session:
             self._in_process(app)
         return done[0]
 
-    def _loop(self, exchange: Exchange, accountant: EmbeddedAccountant) -> RoundLoop:
+    def _loop(self, exchange: Exchange, accountant: Accountant) -> RoundLoop:
         descriptions = exchange.describe(len(self.terms.clients), CONNECT_TIMEOUT_S)
         if [one.client for one in descriptions] != [client.name for client in self.terms.clients]:
             raise Unavailable("the nodes that answered are not the silos of this run")
@@ -198,7 +204,7 @@ class _Session:
             write_for_actors(Path(folder), self.config, self.classes, self.terms, self.state, examples)
             run_on_ray(app, build_relay(FolderClients(Path(folder))), len(self.terms.clients), self.config)
 
-    def _write(self, accountant: EmbeddedAccountant, finished: Finished) -> Result:
+    def _write(self, accountant: Accountant, finished: Finished) -> Result:
         run = Run(
             config=self.config,
             terms=self.terms,

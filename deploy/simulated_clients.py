@@ -43,7 +43,16 @@ class StateFolder:
 
     def key(self, name: str) -> SigningKey:
         """The throw-away key of a party, made on first use."""
-        return SigningKey.load_or_create(self.path / "keys" / f"{name}.key")
+        return SigningKey.load_or_create(self.key_file(name))
+
+    def key_file(self, name: str) -> Path:
+        """Where that key is."""
+        return self.path / "keys" / f"{name}.key"
+
+    @property
+    def accountant_file(self) -> Path:
+        """Holds the public key of the run's accountant, embedded or not, from its first sight."""
+        return self.path / "accountant.pub"
 
     def client_ledger(self, index: int) -> Path:
         """The ledger file of the client at ``index`` in the order of names."""
@@ -94,7 +103,8 @@ def policy_for(client: ClientTerms, terms: RunTerms, coordinator: str, accountan
 
 def open_guard(client: ClientTerms, index: int, terms: RunTerms, state: StateFolder) -> Guard:
     """The guard of one simulated client on its own ledger file."""
-    policy = policy_for(client, terms, state.key("coordinator").public_key, state.key("accountant").public_key)
+    accountant = state.accountant_file.read_text("ascii").strip()
+    policy = policy_for(client, terms, state.key("coordinator").public_key, accountant)
     return Guard(policy, state.client_ledger(index), key=state.client_key(index))
 
 

@@ -18,10 +18,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config import RunConfig
 from common.errors import InvalidInput
-from common.ledger import Ledger
 from common.messages import Arrays
 from common.signing import SigningKey
-from server.accountant import EmbeddedAccountant
+from server.accountants import open_accountant
 from server.checkpoint import write_atomically
 from server.exchange import Exchange
 from server.rounds import Finished, RoundLoop, keys_of
@@ -58,13 +57,19 @@ def serve_folder(grid: Grid, context: Context) -> None:
     run_id = (folder / "run-id").read_text("ascii").strip()
     exchange = Exchange(grid, poll_s=1.0)
     descriptions = exchange.describe(clients, CONNECT_TIMEOUT_S)
-    with Ledger(folder / "ledger.sqlite") as ledger:
+    with open_accountant(
+        config,
+        ledger=folder / "ledger.sqlite",
+        key=folder / "keys" / "accountant.key",
+        seen=folder / "keys" / "accountant.pub",
+        root=folder,
+    ) as accountant:
         loop = RoundLoop(
             terms=draw_up(config, descriptions, run_id),
             initial=initial,
             public_keys=keys_of(descriptions),
             exchange=exchange,
-            accountant=EmbeddedAccountant(ledger, SigningKey.load_or_create(folder / "keys" / "accountant.key")),
+            accountant=accountant,
             key=SigningKey.load_or_create(folder / "keys" / "coordinator.key"),
             folder=folder,
             on_metrics=lambda metrics: _write_metrics(folder, metrics),

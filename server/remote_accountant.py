@@ -13,7 +13,7 @@ import grpc
 
 from common.accounts import Answer, Ask, OpenReservation, Outcome, Reconciled, Registration, Spent
 from common.certificate import Attested
-from common.errors import InvalidInput, Refused
+from common.errors import CloisterError, InvalidInput, Refused, Unavailable
 from common.history import SignedHistory
 from common.ledger import Row
 from common.messages import Refusal
@@ -30,7 +30,7 @@ class RemoteAccountant:
         address: ``host:port`` or ``unix:path``.
         tls: this side's certificate, key and the authority that signed the service's; None on this machine only.
         public_key: the accountant's pinned key; None takes the key that the service names.
-        timeout_s: how long one call may take, tries included.
+        timeout_s: how long one call may take, tries included; connect_timeout_s: the first one.
 
     Raises:
         InvalidInput: plain text to another machine, or unreadable TLS files.
@@ -38,7 +38,13 @@ class RemoteAccountant:
     """
 
     def __init__(
-        self, address: str, *, tls: Tls | None = None, public_key: str | None = None, timeout_s: float = 60.0
+        self,
+        address: str,
+        *,
+        tls: Tls | None = None,
+        public_key: str | None = None,
+        timeout_s: float = 60.0,
+        connect_timeout_s: float | None = None,
     ) -> None:
         if tls is None and not is_local(address):
             raise InvalidInput(f"{address}: plain text is spoken on this machine only; give certificates")
@@ -52,10 +58,17 @@ class RemoteAccountant:
             if tls is None
             else grpc.secure_channel(address, _credentials(tls), options)
         )
+        self._address = address
+        self._options = "--insecure" if tls is None else "--tls-certificate FILE --tls-key FILE --tls-authority FILE"
         self._stub = accountant_pb2_grpc.AccountantStub(self._channel)
-        self._timeout_s = timeout_s
+        self._timeout_s = timeout_s if connect_timeout_s is None else connect_timeout_s
         self.public_key = public_key or ""
-        self.public_key = self._checked_head().public_key
+        try:
+            self.public_key = self._checked_head().public_key
+        except BaseException:
+            self._channel.close()
+            raise
+        self._timeout_s = timeout_s
 
     def __enter__(self) -> Self:
         return self
@@ -165,9 +178,20 @@ class RemoteAccountant:
                 return method(request, timeout=max(remaining, 0.001))
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or remaining < pause:
-                    raise faults.raised_by(error) from error
+                    raise self._fault(error) from error
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
+
+    def _fault(self, error: grpc.RpcError) -> CloisterError:
+        """What the accountant said; where nobody was there to say it, what mends that."""
+        silent = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        if not silent or faults.is_ours(error):
+            return faults.raised_by(error)
+        details = " ".join(str(error.details() or "").split())[:200]
+        return Unavailable(
+            f"the accountant at {self._address} does not answer ({details}); start it there: cloister accountant serve "
+            f"--ledger LEDGER --key KEY --address {self._address} {self._options}"
+        )
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:

@@ -36,6 +36,11 @@ def metadata_of(error: errors.CloisterError) -> tuple[tuple[str, str], ...]:
     return ((METADATA_KEY, json.dumps(body)),)
 
 
+def is_ours(call: grpc.RpcError) -> bool:
+    """Whether the other side named the error; otherwise the transport did."""
+    return any(key == METADATA_KEY for key, _ in call.trailing_metadata() or ())
+
+
 def raised_by(call: grpc.RpcError) -> errors.CloisterError:
     """The error that the other side raised, or the nearest of ours to what the transport says."""
     status, details = call.code(), call.details() or "no details"
