@@ -7,6 +7,7 @@ holds one update at a time however many clients there are.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,10 @@ class Failure:
     reason: str = field(default="")
 
 
+DESCRIBE = f"{MessageType.QUERY}.describe"
+ASK_AGAIN_S = 60.0
+"""How long a node may take to say who it is, and how long it is left alone if it did not."""
+
 T = TypeVar("T")
 Answer = Reply | Refusal | Status | Failure
 
@@ -53,6 +58,8 @@ class Exchange:
     ) -> None:
         self._grid, self._poll_s, self._clock, self._sleep = grid, poll_s, clock, sleep
         self._nodes: dict[str, int] = {}
+        self._keys: dict[str, str] = {}
+        self._asked_at: dict[int, float] = {}
 
     def describe(self, expected: int, timeout_s: float) -> list[Description]:
         """Ask every node for its public facts until ``expected`` have answered; remembers which node is which client.
@@ -65,9 +72,7 @@ class Exchange:
             if self._clock() > deadline:
                 raise Unavailable(f"only {len(nodes)} of {expected} clients are connected after {timeout_s:g} s")
             self._sleep(self._poll_s)
-        messages = [
-            Message(RecordDict(), dst_node_id=node, message_type=f"{MessageType.QUERY}.describe") for node in nodes
-        ]
+        messages = [Message(RecordDict(), dst_node_id=node, message_type=DESCRIBE) for node in nodes]
         descriptions: dict[str, Description] = {}
         ids = list(self._grid.push_messages(messages))
         for node, identity in zip(nodes, ids, strict=True):
@@ -80,9 +85,56 @@ class Exchange:
                 raise Unavailable(f"two nodes say that they are {description.client!r}: stop one of them")
             descriptions[description.client] = description
             self._nodes[description.client] = node
+            self._keys[description.client] = description.public_key
         if len(descriptions) < expected:
             raise Unavailable(f"only {len(descriptions)} of {expected} clients described themselves in time")
         return [descriptions[name] for name in sorted(descriptions)]
+
+    def recall(self, descriptions: Sequence[Description]) -> None:
+        """These are the run's clients; ``present`` finds the nodes behind which they are now."""
+        self._keys = {description.client: description.public_key for description in descriptions}
+
+    def present(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of ``names`` that are connected now. A node not met before is asked who it is.
+
+        A client that comes back under another node is known again by its key; another key under its name is not it.
+        """
+        online = set(self._grid.get_node_ids())
+        known = set(self._nodes.values())
+        if any(self._nodes.get(name) not in online for name in names):
+            due = [n for n in online - known if self._clock() - self._asked_at.get(n, -math.inf) >= ASK_AGAIN_S]
+            self._meet(sorted(due))
+        return tuple(name for name in names if self._nodes.get(name) in online)
+
+    def await_present(self, names: Sequence[str], at_least: int, timeout_s: float) -> tuple[str, ...]:
+        """Wait until ``at_least`` of ``names`` are connected, and say which are.
+
+        Raises:
+            Unavailable: fewer were in time; nothing was sent.
+        """
+        deadline = self._clock() + timeout_s
+        while len(found := self.present(names)) < at_least:
+            if self._clock() > deadline:
+                absent = ", ".join(name for name in names if name not in found)
+                raise Unavailable(
+                    f"only {len(found)} of the {at_least} clients that are needed are connected after {timeout_s:g} s "
+                    f"(absent: {absent}); nothing was sent or charged, and the run can be resumed"
+                )
+            self._sleep(max(self._poll_s, 0.5))
+        return found
+
+    def _meet(self, nodes: Sequence[int]) -> None:
+        """Ask nodes who they are; only the run's own clients are remembered."""
+        if not nodes:
+            return
+        messages = [Message(RecordDict(), dst_node_id=node, message_type=DESCRIBE) for node in nodes]
+        ids = list(self._grid.push_messages(messages))
+        deadline = self._clock() + ASK_AGAIN_S
+        for node, identity in zip(nodes, ids, strict=True):
+            answer = _read(self._wait(identity, deadline), _parse_description)
+            self._asked_at[node] = self._clock()
+            if isinstance(answer, Description) and self._keys.get(answer.client) == answer.public_key:
+                self._nodes[answer.client] = node
 
     def train(self, requests: Mapping[str, TrainRequest], deadline_s: float) -> Iterator[tuple[str, Answer]]:
         """Send every request, then yield each client's answer in the order of names.
@@ -114,7 +166,9 @@ class Exchange:
     def _query(
         self, kind: str, asked: Mapping[str, Mapping[str, object]], deadline_s: float, parse: Callable[[RecordDict], T]
     ) -> Iterator[tuple[str, T | Failure]]:
-        names = sorted(asked)
+        for name in sorted(set(asked) - set(self._nodes)):
+            yield name, Failure(Outcome.TIMEOUT, "not connected")
+        names = sorted(set(asked) & set(self._nodes))
         messages = [
             Message(
                 RecordDict({"request": ConfigRecord({"json": json.dumps(asked[name])})}),
@@ -174,6 +228,10 @@ def _parse_list(content: RecordDict) -> SignedHistory:
         code = StatusCode(json.loads(str(records["status"]["json"]))["code"])
         raise InvalidInput(f"the trainer says {code}")
     return SignedHistory.from_json(json.loads(str(records["list"]["json"])))
+
+
+def _parse_description(content: RecordDict) -> Description:
+    return Description.from_json(json.loads(str(content.config_records["description"]["json"])))
 
 
 def _parse_part(content: RecordDict) -> SignedPart:

@@ -125,6 +125,9 @@ class Exchange:
     def __init__(self, folder):
         self.trainers = {name: RemoteTrainer(f"unix:{folder}/{name}.sock", timeout_s=120) for name in NAMES}
 
+    def await_present(self, names, _at_least, _timeout_s):
+        return tuple(names)
+
     def lists(self, requests, _deadline_s):
         for name in sorted(requests):
             try:
