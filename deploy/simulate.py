@@ -29,9 +29,11 @@ from common.certificate import Certificate
 from common.config import RunConfig
 from common.errors import CloisterError, InvalidInput, Unavailable
 from common.messages import Arrays
+from deploy.folders import recover_folder
 from deploy.inprocess_grid import InProcessGrid
 from deploy.inputs import Inputs, classes_of, declared_records, gather, next_output, tokenise, tokenise_silos
 from deploy.report import write_report
+from deploy.same_data import check_same_data
 from deploy.simulated_clients import (
     FolderClients,
     InProcessClients,
@@ -116,6 +118,8 @@ def simulate(config: RunConfig, watcher: Watcher | None = None) -> Result:
             missing = [folder for folder in output.parents if not folder.exists()]
             stack.callback(lambda: _remove_if_unstarted(output, missing))
         state = _make_folders(output)
+        recover_folder(output / "adapter")
+        check_same_data(state.path / "data.json", prepared, resumed=config.resume)
         terms = _terms(config, run_id, prepared, inputs, workshop, state)
         _write_settings(state, config, run_id)
         watcher.prepared(terms, prepared, inputs, output)

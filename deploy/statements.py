@@ -6,7 +6,6 @@ Every file is written beside and renamed, every folder too: a killed run leaves 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from common.config import RunConfig, default_delta
 from common.errors import InvalidInput, Refused
 from common.messages import Arrays, Envelope
 from common.signing import SigningKey
+from deploy.folders import replace_folder
 from server.accountant import EmbeddedAccountant
 from server.certify import Circumstances, certify, reasons_against
 from server.checkpoint import write_atomically
@@ -110,10 +110,7 @@ def write_adapter(
     folder: Path, model: Any, final: Arrays, run: Run, backbone: Path, certificate: Certificate, metrics: Sequence[Any]
 ) -> None:
     """The adapter with its model card, as ``PeftModel.from_pretrained`` loads it; replaced as a whole."""
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
     set_arrays(model, final)
-    save(model, beside, str(backbone))
     settings = {
         "task": run.config.task,
         "classes": list(run.classes),
@@ -122,10 +119,13 @@ def write_adapter(
         "aggregation": run.terms.aggregation,
         "public_seed": run.terms.public_seed,
     }
-    (beside / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-    (beside / "README.md").write_text(model_card(run, certificate, metrics), "utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+
+    def write(beside: Path) -> None:
+        save(model, beside, str(backbone))
+        (beside / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        (beside / "README.md").write_text(model_card(run, certificate, metrics), "utf-8")
+
+    replace_folder(folder, write)
 
 
 def model_card(run: Run, certificate: Certificate, metrics: Sequence[Mapping[str, Any]]) -> str:
