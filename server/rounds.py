@@ -36,12 +36,16 @@ from common.messages import Arrays, Description, Envelope, Plan, Refusal, Reply,
 from common.signing import SigningKey
 from server import checkpoint as checkpoints
 from server.accountant import Answer as Permissions
-from server.accountant import Ask, Budget, Denial, EmbeddedAccountant, Outcome, Registration
+from server.accountant import Ask, Budget, Denial, Outcome, Registration
+from server.accountants import Accountant
 from server.aggregation import ServerOptimizer, WeightedMean
 from server.averaging import TailAverage
 from server.checkpoint import Checkpoint
 from server.exchange import Answer, Exchange, Failure
 from server.terms import ClientTerms, RunTerms
+
+MOST_SHORT_ROUNDS = 2
+"""Rounds in a row that may miss their quorum: each is spent by those who were asked."""
 
 
 class Scored(Protocol):
@@ -74,6 +78,9 @@ class Listener:
     def disagreed(self, client: str, reason: str) -> None:
         """No signed list of this client could be taken over, so it is not asked to train."""
 
+    def absent(self, server_round: int, client: str) -> None:
+        """This client is not connected: nothing is asked of it in this round, and nothing charged."""
+
     def round_ended(self, record: Mapping[str, Any]) -> None:
         """A line of ``metrics.jsonl`` was written."""
 
@@ -97,6 +104,7 @@ class RoundLoop:
         public_keys: of the clients, by name. key: the coordinator's. folder: where checkpoint and metrics are kept.
         evaluate: scores an adapter on public data, every ``evaluate_every`` rounds; None if there is no public set.
         on_metrics: gets all metrics lines after each round (to write ``metrics.jsonl``).
+        should_stop: asked before every round; True ends the run there, to be resumed or not.
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class RoundLoop:
         initial: Arrays,
         public_keys: Mapping[str, str],
         exchange: Exchange,
-        accountant: EmbeddedAccountant,
+        accountant: Accountant,
         key: SigningKey,
         folder: Path,
         evaluate: Callable[[Arrays], Scored] | None = None,
@@ -114,6 +122,7 @@ class RoundLoop:
         on_metrics: Callable[[tuple[dict[str, Any], ...]], None] = lambda metrics: None,
         listener: Listener | None = None,
         clock: Callable[[], float] = time.monotonic,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         if adapter_hash(initial) != terms.initial_hash:
             raise Refused("the initial adapter is not the one the terms were drawn up for")
@@ -122,21 +131,23 @@ class RoundLoop:
         self._path = folder / "checkpoint.npz"
         self._evaluate, self._every, self._on_metrics = evaluate, evaluate_every, on_metrics
         self._listener = listener or Listener()
-        self._clock = clock
+        self._clock, self._should_stop = clock, should_stop
+        self._short = 0
         self._agreed: set[str] = set()
         self._optimizer = ServerOptimizer(terms.server_optimizer, terms.server_learning_rate, terms.server_schedule)
         self._average = TailAverage(terms.averaging, terms.rounds)
 
     def run(self) -> Finished:
-        """Run every round that is not finished yet.
+        """Run every round that is not finished yet, or up to where it is told to stop.
 
         Raises:
             BudgetExhausted: an envelope does not fit; nothing was sent.
             LedgerCorrupt: the checkpoint is damaged or of another run.
-            Unavailable: nobody gave an update in the first round.
+            Unavailable: nobody gave an update in the first round, too few clients are connected, or two rounds in a
+                row missed their quorum; the run can be resumed.
         """
         state = self._start()
-        while state.server_round < self._terms.rounds:
+        while state.server_round < self._terms.rounds and not self._should_stop():
             state = self._round(state)
         return Finished(self._average.released(state.adapter), state.metrics)
 
@@ -198,7 +209,12 @@ class RoundLoop:
         Raises:
             Unavailable: none of them gives a signed list that agrees; nothing was reserved.
         """
-        due = [name for name in self._terms.participants[server_round - 1] if name not in state.left]
+        invited = [name for name in self._terms.participants[server_round - 1] if name not in state.left]
+        needed = min(self._terms.quorum, len(invited))
+        due = self._exchange.await_present(invited, needed, self._terms.deadline_s)
+        for name in invited:
+            if name not in due:
+                self._listener.absent(server_round, name)
         self._agree(due)
         names = tuple(name for name in due if name in self._agreed)
         if due and not names:
@@ -224,7 +240,8 @@ class RoundLoop:
         self._accountant.commit(self._terms.run_id, outcomes, client_heads=heads)
         if server_round == 1 and mean.count == 0:
             raise Unavailable("no client gave an update in round 1, so nothing can be trained: see the reasons above")
-        adapter = state.adapter if mean.count == 0 else self._moved(state, mean)
+        has_quorum = mean.count >= self._terms.quorum
+        adapter = self._moved(state, mean) if has_quorum else state.adapter
         self._average.add(server_round, adapter)
         record = self._record(server_round, self._average.released(adapter), self._clock() - started)
         left = (*state.left, *(denial.client for denial in permissions.denied))
@@ -238,6 +255,12 @@ class RoundLoop:
             self._average.state(),
         )
         self._write(following)
+        self._short = 0 if has_quorum or not requests else self._short + 1
+        if self._short == MOST_SHORT_ROUNDS and server_round < self._terms.rounds:
+            raise Unavailable(
+                f"rounds {server_round - 1} and {server_round} had fewer than {self._terms.quorum} updates: they are "
+                "spent and changed nothing; see the reasons above, then resume the run"
+            )
         return following
 
     def _moved(self, state: Checkpoint, mean: WeightedMean) -> Arrays:

@@ -14,16 +14,20 @@ from client.policy import DatasetPolicy, Policy
 from client.relay import app as relay_app
 from client.relay import connect_by_address
 from client.trainer_service import serve as serve_trainer
+from common.attestation import PartRequest
+from common.certificate import SignedPart, verify_certificate
 from common.errors import InvalidInput, Unavailable
 from common.history import ListRequest, SignedHistory
 from common.messages import Description, Reply, Status, StatusCode, TrainRequest, adapter_hash
 from common.privacy import PLDAccountant
 from common.signing import SigningKey
 from deploy.inprocess_grid import InProcessGrid
+from server.app import HOME_VARIABLE
 from server.app import app as server_app
 
 INITIAL = {"layer.lora_B": np.zeros((3, 2), dtype=np.float32)}
 BACKBONE = "b" * 64
+RUN = "0123456789abcdef"
 
 
 class CountingTrainer:
@@ -41,6 +45,9 @@ class CountingTrainer:
     def signed_list(self, request: ListRequest) -> SignedHistory:
         return self.guard.signed_list(request)
 
+    def signed_part(self, request: PartRequest) -> SignedPart:
+        return self.guard.signed_part(request, code_digest="c" * 64)
+
     def train(self, request: TrainRequest) -> Reply | Status:
         admission = self.guard.admit(request, shapes={n: a.shape for n, a in INITIAL.items()})
         if not hasattr(admission, "request"):
@@ -51,10 +58,11 @@ class CountingTrainer:
 
 
 @pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "run-id").write_text("abc123\n")
+def run_folder(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    folder = tmp_path / "runs" / RUN
+    folder.mkdir(parents=True)
+    (folder / "clients").write_text("2\n")
     (folder / "run.toml").write_text('rounds = 2\nserver-optimizer = "fedavg"\nserver-learning-rate = 1.0\n')
     np.savez(folder / "initial.npz", **INITIAL)
     return folder
@@ -62,8 +70,8 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trainers(tmp_path: Path, run_folder: Path):
-    coordinator = SigningKey.load_or_create(run_folder / "keys" / "coordinator.key")
-    accountant = SigningKey.load_or_create(run_folder / "keys" / "accountant.key")
+    coordinator = SigningKey.load_or_create(tmp_path / "keys" / "coordinator.key")
+    accountant = SigningKey.load_or_create(tmp_path / "keys" / "accountant.key")
     made, servers = {}, []
     for name in ("east", "west"):
         policy = Policy(
@@ -94,7 +102,7 @@ def grid_of(tmp_path: Path, names: list[str]) -> InProcessGrid:
 
 
 def run(grid: InProcessGrid, folder: Path) -> list[dict]:
-    config = {"run-folder": str(folder), "clients": 2}
+    config = {"run": folder.name}
     server_app(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config))
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -105,10 +113,15 @@ def test_two_trainers_behind_sockets_train_one_adapter(tmp_path, run_folder, tra
     with np.load(run_folder / "adapter.npz") as file:
         np.testing.assert_array_equal(file["layer.lora_B"], np.full((3, 2), 2.0, dtype=np.float32))
     for name, trainer in trainers.items():
-        uses = trainer.guard.uses(SigningKey.load(run_folder / "keys" / "coordinator.key").public_key, "abc123")
+        uses = trainer.guard.uses(SigningKey.load(tmp_path / "keys" / "coordinator.key").public_key, RUN)
         truth = PLDAccountant().compose_all([use.event for use in uses]).epsilon(delta=1e-5)
         assert lines[-1]["epsilon"][name] == pytest.approx(truth, rel=1e-9)
         assert trainer.trained == 2
+    verdict = verify_certificate(run_folder / "certificate.json")
+    assert verdict.private
+    assert {name: found.epsilon for name, found in verdict.epsilons.items()} == pytest.approx(lines[-1]["epsilon"])
+    assert not verdict.certificate.simulation
+    assert json.loads((run_folder / "state.json").read_text())["state"] == "finished"
 
 
 def test_the_same_folder_run_again_trains_nothing_more(tmp_path, run_folder, trainers):
@@ -135,7 +148,15 @@ def test_a_node_without_a_trainer_address_says_how_to_name_one():
         connect_by_address(context)
 
 
-def test_a_run_configuration_without_a_folder_says_so(tmp_path):
-    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-    with pytest.raises(InvalidInput, match="run-folder"):
+@pytest.mark.parametrize(
+    ("name", "home", "says"),
+    [("", ".", "submit"), (RUN, None, HOME_VARIABLE), ("../../etc", ".", "is no run"), (RUN, ".", "no such run")],
+)
+def test_a_run_that_cannot_be_found_says_why(tmp_path, monkeypatch, name, home, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(HOME_VARIABLE, raising=False)
+    if home is not None:
+        monkeypatch.setenv(HOME_VARIABLE, home)
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={"run": name})
+    with pytest.raises(InvalidInput, match=says):
         server_app(InProcessGrid(relay_app, []), context)

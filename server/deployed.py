@@ -1,0 +1,348 @@
+"""One run on a coordinator, from its folder: wait for its clients, train, certify; or go on where it was left.
+
+    HOME/keys/coordinator.key, accountant.key     pinned by the organisations' policies: the same for every run
+    HOME/ledger.sqlite                            the embedded accountant's book, over all runs
+    HOME/runs/RUN/run.toml, clients               the settings, and for how many organisations to wait
+    HOME/runs/RUN/parties.json                    terms and public facts, fixed when the clients first answered
+    HOME/runs/RUN/checkpoint.npz, metrics.jsonl, state.json
+    HOME/runs/RUN/adapter.npz, certificate.json   what comes out
+    HOME/runs/RUN/stop                            while this file is there, the run ends after the current round
+
+Whatever is killed, the folder says where the run stands; a second process on one folder is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.serverapp import Grid
+
+from common.accounts import Reconciled
+from common.attestation import PartRequest
+from common.certificate import SignedPart
+from common.config import RunConfig
+from common.errors import CloisterError, InvalidInput, Refused, Unavailable
+from common.messages import Arrays, Description, Envelope, adapter_hash
+from common.signing import SigningKey
+from server.accountant import Denial, Outcome
+from server.accountants import Accountant, open_accountant
+from server.certify import Circumstances, certify, check_part, missing_parts, reasons_against
+from server.checkpoint import write_atomically
+from server.exchange import Exchange, Failure
+from server.rounds import Finished, Listener, RoundLoop, keys_of
+from server.terms import RunTerms, draw_up
+
+CONNECT_TIMEOUT_S = 600.0
+PART_TIMEOUT_S, PART_TRIES = 120.0, 3
+RUN_ID = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run is kept; ``home`` holds what all runs of a coordinator share."""
+
+    path: Path
+    home: Path
+
+    @property
+    def run_id(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    def config(self) -> RunConfig:
+        """The settings it was submitted with."""
+        return RunConfig.load(self.path / "run.toml", {})
+
+    def clients(self) -> int:
+        """For how many organisations to wait before round 1."""
+        return int((self.path / "clients").read_text("ascii"))
+
+    def key(self, name: str) -> Path:
+        """The file of a key of the coordinator."""
+        return self.home / "keys" / f"{name}.key"
+
+    @property
+    def is_told_to_stop(self) -> bool:
+        """Whether the run is to end after the current round."""
+        return (self.path / "stop").exists()
+
+    def state(self) -> dict[str, Any]:
+        """What was last written about the run; ``state`` is ``submitted`` before anything was."""
+        try:
+            return dict(json.loads((self.path / "state.json").read_text("utf-8")))
+        except FileNotFoundError:
+            return {"state": "submitted"}
+
+    def note(self, state: str, **more: object) -> None:
+        """Write where the run stands; ``round`` and ``rounds`` stay as they were unless given."""
+        kept = {name: value for name, value in self.state().items() if name in ("round", "rounds")}
+        body = {"state": state, **kept, **more, "updated": round(time.time(), 3)}
+        write_atomically(self.path / "state.json", json.dumps(body).encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The finished rounds."""
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else works on this run meanwhile; the lock ends with the process, however it ends.
+
+        Raises:
+            Refused: somebody does.
+        """
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise Refused(f"{self.path}: another process is working on this run; stop it first") from error
+            yield
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process is working on this run now."""
+        if not (self.path / "lock").exists():
+            return False
+        try:
+            with self.held():
+                return False
+        except Refused:
+            return True
+
+
+def run_in(home: Path, run_id: str) -> RunFolder:
+    """The folder of a run of the coordinator at ``home``.
+
+    Raises:
+        InvalidInput: that is no run's name, or there is no such run.
+    """
+    if not RUN_ID.fullmatch(run_id):
+        raise InvalidInput(f"{run_id!r} is no run: a run's name is 16 hexadecimal digits")
+    folder = RunFolder(home / "runs" / run_id, home)
+    if not (folder.path / "run.toml").exists():
+        raise InvalidInput(f"{folder.path}: there is no such run here ('cloister coordinator runs list')")
+    return folder
+
+
+class Journalist(Listener):
+    """Writes one line of log for everything a round does; Flower keeps them with the run."""
+
+    def __init__(self, folder: RunFolder, rounds: int) -> None:
+        self._folder, self._rounds = folder, rounds
+
+    def round_started(self, server_round: int, clients: tuple[str, ...]) -> None:
+        """See ``Listener``; the same holds for every method below."""
+        self._folder.note("training", round=server_round - 1, rounds=self._rounds)
+        say(f"round {server_round}/{self._rounds}: sent to {', '.join(clients)}")
+
+    def answered(self, server_round: int, client: str, outcome: Outcome, reason: str) -> None:  # noqa: D102
+        say(f"round {server_round}/{self._rounds}: {client}: {outcome}{': ' if reason else ''}{reason}")
+
+    def denied(self, server_round: int, denial: Denial) -> None:  # noqa: D102
+        say(f"round {server_round}/{self._rounds}: {denial.client} is left out: no {denial.reason} is left")
+
+    def absent(self, server_round: int, client: str) -> None:  # noqa: D102
+        say(f"round {server_round}/{self._rounds}: {client} is not connected, so nothing is asked or charged")
+
+    def corrected(self, client: str, found: Reconciled) -> None:  # noqa: D102
+        say(f"{client}: {len(found.imported)} reservations imported, {len(found.revived)} revived from its signed list")
+
+    def disagreed(self, client: str, reason: str) -> None:  # noqa: D102
+        say(f"{client}: its signed list was not taken over: {reason}")
+
+    def round_ended(self, record: Mapping[str, Any]) -> None:  # noqa: D102
+        self._folder.note("training", round=record["round"], rounds=self._rounds)
+
+
+def say(text: str) -> None:
+    """One line of the run's log."""
+    print(text, flush=True)
+
+
+def serve_run(grid: Grid, folder: RunFolder) -> None:
+    """Run, or go on with, one run; its folder always says how it ended.
+
+    Raises:
+        CloisterError: see ``common/errors.py``; the run can be resumed.
+    """
+    with folder.held():
+        try:
+            _serve(grid, folder)
+        except CloisterError as error:
+            folder.note("failed", error=str(error), exit_code=error.exit_code)
+            say(f"error: {error}")
+            raise
+        except Exception as error:
+            folder.note("failed", error=f"{type(error).__name__}: {error}", exit_code=1)
+            raise
+
+
+def _serve(grid: Grid, folder: RunFolder) -> None:
+    folder.note("waiting")
+    config, exchange = folder.config(), Exchange(grid, poll_s=0.5)
+    terms, descriptions = _parties(folder, config, exchange)
+    coordinator = SigningKey.load_or_create(folder.key("coordinator"))
+    with open_accountant(
+        config,
+        ledger=folder.home / "ledger.sqlite",
+        key=folder.key("accountant"),
+        seen=folder.home / "keys" / "accountant.pub",
+        root=folder.home,
+    ) as accountant:
+        loop = RoundLoop(
+            terms=terms,
+            initial=initial_adapter(folder.path, descriptions[0]),
+            public_keys=keys_of(list(descriptions)),
+            exchange=exchange,
+            accountant=accountant,
+            key=coordinator,
+            folder=folder.path,
+            on_metrics=lambda metrics: write_metrics(folder.path, metrics),
+            listener=Journalist(folder, terms.rounds),
+            should_stop=lambda: folder.is_told_to_stop,
+        )
+        finished = loop.run()
+        write_adapter(folder.path, finished.adapter)
+        _certify(folder, config, terms, descriptions, exchange, accountant, coordinator, finished)
+    done = finished.metrics[-1]["round"]
+    folder.note("finished" if done == terms.rounds else "stopped", round=done, rounds=terms.rounds)
+    say(f"run {terms.run_id}: {done} of {terms.rounds} rounds; adapter and certificate are in {folder.path}")
+
+
+def _parties(folder: RunFolder, config: RunConfig, exchange: Exchange) -> tuple[RunTerms, tuple[Description, ...]]:
+    """Terms and clients: drawn up from what the clients say the first time, and never changed afterwards.
+
+    Raises:
+        Unavailable: too few clients are connected. InvalidInput: they do not fit together.
+    """
+    file = folder.path / "parties.json"
+    if file.exists():
+        body = json.loads(file.read_text("utf-8"))
+        descriptions = tuple(Description.from_json(one) for one in body["descriptions"])
+        exchange.recall(descriptions)
+        return RunTerms.from_json(body["terms"]), descriptions
+    descriptions = tuple(exchange.describe(folder.clients(), CONNECT_TIMEOUT_S))
+    terms = draw_up(config, descriptions, folder.run_id)
+    body = {"terms": terms.to_json(), "descriptions": [one.to_json() for one in descriptions]}
+    write_atomically(file, json.dumps(body).encode())
+    return terms, descriptions
+
+
+def _certify(
+    folder: RunFolder, config: RunConfig, terms: RunTerms, descriptions: Sequence[Description], exchange: Exchange,
+    accountant: Accountant, coordinator: SigningKey, finished: Finished,
+) -> None:  # fmt: skip
+    """Gather every client's signed part and write the certificate.
+
+    Raises:
+        Unavailable: a part is missing; everything else is done, and resuming the run asks for it again.
+    """
+    folder.note("certifying")
+    parts = _gather(terms, keys_of(list(descriptions)), exchange, coordinator)
+    if missing := missing_parts(terms, parts):
+        raise Unavailable(
+            f"the rounds are done, but {', '.join(missing)} gave no signed part of the certificate: when their "
+            f"trainers answer again, 'cloister coordinator runs resume {terms.run_id}' asks for it"
+        )
+    data = certify(
+        config=config,
+        terms=terms,
+        accountant=accountant,
+        coordinator=coordinator,
+        parts=[parts[client.name] for client in terms.clients],
+        final=finished.adapter,
+        rounds_run=finished.metrics[-1]["round"],
+        circumstances=Circumstances(simulation=False, reasons=reasons_against(config)),
+    )
+    write_atomically(folder.path / "certificate.json", data)
+
+
+def _gather(
+    terms: RunTerms, keys: Mapping[str, str], exchange: Exchange, coordinator: SigningKey
+) -> dict[str, SignedPart]:
+    """The parts that came and are their clients' own word; who is silent is asked again a few times."""
+    parts: dict[str, SignedPart] = {}
+    for _ in range(PART_TRIES):
+        if not (names := missing_parts(terms, parts)):
+            break
+        requests = {}
+        for name in _connected(names, exchange):
+            client = terms.client(name)
+            requests[name] = PartRequest.sign(
+                coordinator, terms.run_id, name, client.dataset, client.envelope or Envelope(())
+            )
+        for name, answer in exchange.parts(requests, PART_TIMEOUT_S):
+            try:
+                if isinstance(answer, Failure):
+                    raise Unavailable(answer.reason)
+                parts[name] = check_part(answer, client=name, public_key=keys[name], run_id=terms.run_id)
+            except CloisterError as error:
+                say(f"{name}: no usable part of the certificate: {error}")
+    return parts
+
+
+def _connected(names: Sequence[str], exchange: Exchange) -> tuple[str, ...]:
+    try:
+        return exchange.await_present(names, len(names), PART_TIMEOUT_S)
+    except Unavailable:
+        return exchange.present(names)
+
+
+def initial_adapter(folder: Path, description: Description) -> Arrays:
+    """The untrained adapter: ``initial.npz`` where there is one, else zeros, if that is what the clients hold.
+
+    Under ``ffa`` a language model's trained tensors all start at zero, so the coordinator needs no model for them.
+
+    Raises:
+        InvalidInput: the clients hold another one, and no file gives it.
+    """
+    file = folder / "initial.npz"
+    if file.exists():
+        return read_adapter(file)
+    zeros = {name: np.zeros(description.shapes[name], dtype=np.float32) for name in description.trained}
+    if adapter_hash(zeros) != description.initial_hash:
+        raise InvalidInput(
+            f"{file}: missing, and this adapter does not start at zero: make it where torch is installed "
+            "('cloister coordinator initial RUN.toml --output initial.npz') and submit the run with --initial"
+        )
+    return zeros
+
+
+def read_adapter(path: Path) -> Arrays:
+    """The arrays of an ``.npz`` file; pickles are not read.
+
+    Raises:
+        InvalidInput: the file is missing or holds anything but float32 arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{path}: not a readable adapter ({error})") from error
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise InvalidInput(f"{path}: {name} is {array.dtype}, float32 is needed")
+    return arrays
+
+
+def write_metrics(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """All lines at once, by rename."""
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in metrics)
+    write_atomically(folder / "metrics.jsonl", lines.encode())
+
+
+def write_adapter(folder: Path, adapter: Arrays) -> None:
+    """The trained tensors, by rename."""
+    beside = folder / "adapter.tmp.npz"
+    np.savez(beside, allow_pickle=False, **adapter)
+    os.replace(beside, folder / "adapter.npz")
