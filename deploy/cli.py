@@ -22,11 +22,13 @@ from common.config import RunConfig
 from common.errors import CloisterError, Interrupted
 from deploy.accountant_commands import accountant_app
 from deploy.backbone_commands import backbone_app
+from deploy.coordinator_commands import coordinator_app
 from deploy.ledger_commands import certificate_app, ledger_app
 from deploy.options import with_run_options
 from deploy.plan_commands import calibrate, plan
 from deploy.policy_commands import policy_app, register_budget
 from deploy.provision_commands import provision_app
+from deploy.trainer_commands import register as register_trainer
 
 app = typer.Typer(
     name="cloister",
@@ -77,7 +79,9 @@ app.add_typer(accountant_app)
 client_app = typer.Typer(help="An organisation's own side.", no_args_is_help=True)
 client_app.add_typer(policy_app)
 register_budget(client_app)
+register_trainer(client_app)
 app.add_typer(client_app, name="client")
+app.add_typer(coordinator_app)
 app.add_typer(ledger_app)
 app.add_typer(certificate_app)
 app.add_typer(provision_app)
