@@ -12,6 +12,7 @@ import numpy as np
 
 from client.policy import Policy
 from common.errors import InvalidInput, Refused
+from common.mechanism import Mechanism
 from common.messages import Plan, RefusalReason, TrainRequest, adapter_hash
 from common.privacy import SampledGaussian
 from common.signing import canonical, verify
@@ -73,10 +74,12 @@ def _is_well_formed(plan: Plan) -> bool:
     )
     if not (texts and counts and places and numbers and plan.expected_batch_size > 0 and plan.learning_rate > 0):
         return False
+    if not isinstance(plan.mechanism, Mechanism):
+        return False
     if plan.event is None:
-        return True
+        return plan.mechanism.problem(None) is None
     private = isinstance(plan.event, SampledGaussian) and plan.event.steps == plan.local_steps
-    return private and plan.clipping_norm > 0
+    return private and plan.clipping_norm > 0 and plan.mechanism.problem(plan.event.noise_multiplier) is None
 
 
 def check_policy(plan: Plan, policy: Policy, now: float) -> Finding | None:
@@ -98,8 +101,11 @@ def check_policy(plan: Plan, policy: Policy, now: float) -> Finding | None:
 
 
 def check_adapter(request: TrainRequest, shapes: Mapping[str, tuple[int, ...]]) -> Finding | None:
-    """The adapter is the planned one, of the trainer's own names and shapes, float32 and finite."""
+    """The adapter is the planned one, of the trainer's own names and shapes, float32 and finite; so are scales."""
     adapter = request.adapter
+    scaled = [name for name, _ in request.plan.mechanism.scales]
+    if scaled and scaled != sorted(shapes):
+        return RefusalReason.PLAN
     if {name: tuple(array.shape) for name, array in adapter.items()} != {n: tuple(s) for n, s in shapes.items()}:
         return RefusalReason.ADAPTER
     if any(array.dtype != np.float32 or not np.isfinite(array).all() for array in adapter.values()):

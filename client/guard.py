@@ -171,8 +171,23 @@ class Guard:
             self._record("started", use.coordinator, {"reservation_id": use.reservation_id}, "use")
             self._running = use
 
-    def finish(self, request: TrainRequest, update: Arrays) -> Reply:
+    def clipping_norm(self, request: TrainRequest) -> float:
+        """C to begin with: the plan's, or where adaptive clipping left it after this run's last answered round.
+
+        It follows noised counts only, each of them charged with its step, so a later round may depend on it.
+        """
+        plan = request.plan
+        with self._lock:
+            began = self._journal.began(coordinator_of(request, self.policy) or "", plan.run_id, plan.dataset)
+        return next((use.reached for use in reversed(began) if use.reached > 0.0), plan.clipping_norm)
+
+    def finish(self, request: TrainRequest, update: Arrays, *, clipping_norm: float | None = None) -> Reply:
         """Store the reply, then give it.
+
+        Args:
+            request: the one that runs.
+            update: its noised update.
+            clipping_norm: where adaptive clipping left C; it stays here.
 
         Raises:
             errors.Refused: this request is not the one that runs.
@@ -184,7 +199,10 @@ class Guard:
                 raise errors.Refused("this request is not being trained: there is nothing to finish")
             self._running = None
             digest = self._replies.store(use, update)
-            self._record("replied", use.coordinator, {"reservation_id": use.reservation_id, "update_hash": digest})
+            body: dict[str, object] = {"reservation_id": use.reservation_id, "update_hash": digest}
+            if clipping_norm is not None:
+                body["clipping_norm"] = clipping_norm
+            self._record("replied", use.coordinator, body)
             return Reply(as_sent(update), use.reservation_id, use.head)
 
     def abandon(self, request: TrainRequest) -> None:
@@ -291,6 +309,7 @@ class Guard:
                 first_head=charged.first_head,
                 last_head=self._ledger.head(coordinator),
                 code_digest=code_digest,
+                mechanism=" + ".join(sorted({use.mechanism for use in began})),
             )
             return sign_part(self._key, part)
 
@@ -452,6 +471,7 @@ def _reserved(request: TrainRequest) -> dict[str, object]:
         "participation": plan.participation,
         "event": None if plan.event is None else plan.event.to_json(),
         "clipping_norm": plan.clipping_norm,
+        "mechanism": plan.mechanism.name,
         "accountant_head": signed.accountant_head,
         "accountant_head_signature": signed.accountant_head_signature,
     }

@@ -47,6 +47,8 @@ class Use:
     Attributes:
         participation: the place in the run's envelope; taken from the moment of ``started``.
         head: of this coordinator's chain when the reply was recorded; part of the reply.
+        mechanism: how it was clipped and noised, as ``Mechanism.name`` says.
+        reached: where adaptive clipping left C, which the run's next round goes on from; 0 where C is fixed.
     """
 
     coordinator: str
@@ -60,6 +62,8 @@ class Use:
     participation: int = -1
     event: SampledGaussian | None = None
     clipping_norm: float = 0.0
+    mechanism: str = ""
+    reached: float = 0.0
     reason: RefusalReason | None = None
     update_hash: str = ""
     head: str = ""
@@ -149,6 +153,7 @@ class Journal:
                 use = self.uses[coordinator, body["reservation_id"]]
                 use.state = State(entry.kind)
                 use.update_hash = body.get("update_hash", "")
+                use.reached = float(body.get("clipping_norm", 0.0))
                 use.head = self.heads[coordinator]
         except (KeyError, TypeError, ValueError) as error:
             raise LedgerCorrupt(f"journal line {entry.seq} ({entry.kind}) makes no sense here: {error!r}") from error
@@ -177,7 +182,7 @@ def _use(coordinator: str, body: Mapping[str, Any], state: State) -> Use:
         use.run_id, use.dataset, use.participation = body["run_id"], body["dataset"], body["participation"]
         use.server_round = body["server_round"]
         use.server_round, use.attempt = body["server_round"], body["attempt"]
-        use.clipping_norm = float(body["clipping_norm"])
+        use.clipping_norm, use.mechanism = float(body["clipping_norm"]), str(body["mechanism"])
         use.event = None if body["event"] is None else SampledGaussian.from_json(body["event"])
     return use
 

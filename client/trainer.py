@@ -8,7 +8,8 @@ add/remove with the ε that ``PLDAccountant().compose(event)`` states, because
 * the batch is drawn afresh for every step, each record with probability q, whatever the number of records
   (``PoissonSampler``), from randomness that leaves nowhere;
 * one record changes the sum of clipped gradients by at most C in L2 (``Engine.clipped_sum``), whatever it contains;
-* N(0, σ²C²) is added to every coordinate of that sum, also for an empty batch;
+* N(0, σ²C²) is added to every coordinate of that sum, also for an empty batch (other forms of clipping and noise cost
+  the same σ: ``common/mechanism.py``);
 * all else (division by a constant, rounding, the optimizer, subtraction of the public adapter) is post-processing.
 """
 
@@ -20,15 +21,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 
-from client.engine import Adam, Engine, NoiseSource, Sgd, private_step
+from client.engine import Adam, Engine, NoiseSource, PrivateSteps, Sgd
 from client.engine.batches import Example
 from client.guard import Granted, Guard, Lost, Refused, Replay
 from common.attestation import PartRequest
 from common.certificate import SignedPart
 from common.code import code_digest
 from common.history import ListRequest, SignedHistory
+from common.mechanism import active_tensors
 from common.messages import (
     Arrays,
     Description,
@@ -162,15 +163,18 @@ class Trainer:
             return Status(StatusCode.UNAVAILABLE)
         self._guard.start(request)
         try:
-            update = self._update(request)
+            update, reached = self._update(request)
         except Exception:  # no record can cause this; whatever did, the reservation is spent and never trained again
             log.exception("training failed after it had started: the reservation is spent")
             self._guard.abandon(request)
             return Status(StatusCode.LOST)
-        return self._guard.finish(request, update)
+        return self._guard.finish(request, update, clipping_norm=reached)
 
-    def _update(self, request: TrainRequest) -> Arrays:
-        """The noised update: trained tensors after the local steps minus the global adapter, float32."""
+    def _update(self, request: TrainRequest) -> tuple[Arrays, float | None]:
+        """The noised update (trained tensors after the local steps minus the global adapter, float32), and C after it.
+
+        C is None where it is fixed.
+        """
         plan, engine = request.plan, self._workbench.engine
         reservation_id = request.reservation.reservation.reservation_id
         # Made here, after any fork, and dropped with this call: its state is stored nowhere.
@@ -182,31 +186,26 @@ class Trainer:
         engine.load(request.adapter)
         optimizer = local_optimizer(plan)
         draw = self._sampler(plan, noise.generator())
+        release = PrivateSteps(
+            engine,
+            plan.mechanism,
+            noise_multiplier=None if plan.event is None else plan.event.noise_multiplier,
+            clipping_norm=self._guard.clipping_norm(request),
+            expected_batch_size=plan.expected_batch_size,
+            noise=noise,
+            active=active_tensors(plan.aggregation, plan.server_round, list(engine.parameters)),
+        )
         for step in range(1, plan.local_steps + 1):
-            gradient = self._gradient(plan, draw(), noise)
-            engine.subtract(optimizer(gradient))
+            engine.subtract(optimizer(release(draw())))
             if self._listener is not None:
                 self._listener(self.name, step, plan.local_steps)
         trained = engine.read()
-        return {name: trained[name] - request.adapter[name] for name in trained}
+        return {name: trained[name] - request.adapter[name] for name in trained}, release.reached
 
     def _sampler(self, plan: Plan, generator: np.random.Generator) -> Callable[[], list[Example]]:
         rate = plan.expected_batch_size / plan.declared_records if plan.event is None else plan.event.sample_rate
         sampler = PoissonSampler(min(rate, 1.0))
         return lambda: [self._examples[i] for i in sampler.draw(len(self._examples), generator)]
-
-    def _gradient(self, plan: Plan, batch: list[Example], noise: NoiseSource) -> torch.Tensor:
-        engine = self._workbench.engine
-        if plan.event is None:  # a run without privacy; the certificate says so
-            return engine.plain_sum(batch) / plan.expected_batch_size
-        return private_step(
-            engine,
-            batch,
-            clipping_norm=plan.clipping_norm,
-            noise_multiplier=plan.event.noise_multiplier,
-            expected_batch_size=plan.expected_batch_size,
-            noise=noise,
-        )
 
 
 def local_optimizer(plan: Plan) -> Sgd | Adam:

@@ -73,6 +73,7 @@ class ClientPart:
         rounds: what began here, in order of reservation.
         first_head, last_head: of the chain kept for this coordinator, before and after the run.
         plan_hash: digest of run, data set and envelope; code_digest: of the program that trained.
+        mechanism: how records were clipped and noised (``common/mechanism.py``); several only if a run changed it.
     """
 
     run_id: str
@@ -91,6 +92,7 @@ class ClientPart:
     code_digest: str
     unit: str = "record"
     sampler: str = "poisson"
+    mechanism: str = ""
 
     @property
     def private(self) -> bool:
@@ -157,6 +159,7 @@ class Certificate:
         epsilons: per client, stated; recomputed by every verification.
         private, reasons: whether the statement of ε holds for the whole run, and if not, why not.
         not_protected: what no ε here covers; notes: further facts, for people.
+        methods: the other options of the run by name: clipping, weights, what was done to averages.
     """
 
     run_id: str
@@ -183,6 +186,7 @@ class Certificate:
     not_protected: tuple[str, ...]
     notes: tuple[str, ...] = ()
     software: str = ""
+    methods: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The object that is signed."""

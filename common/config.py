@@ -50,6 +50,8 @@ class ClientSettings(_Settings):
     )
     declared_records: int | None = Field(default=None, ge=1, description="the public constant behind the sample rate")
     expected_batch_size: float | None = Field(default=None, gt=0, description="expected records per step")
+    local_steps: int | None = Field(default=None, ge=1, description="DP-SGD steps of this organisation per round")
+    clipping_norm: float | None = Field(default=None, gt=0, description="C: L2 bound on each of its records' gradients")
 
 
 class RunConfig(_Settings):
@@ -109,6 +111,21 @@ class RunConfig(_Settings):
         default=None, gt=0, description="σ of every client, instead of calibrating it"
     )
     clipping_norm: float = Field(1.0, gt=0, description="C: L2 bound on each record's gradient")
+    clipping: Literal["fixed", "adaptive", "automatic"] = Field(
+        "fixed",
+        description="fixed: at C; adaptive: C follows a noised quantile, which is charged; automatic: every gradient "
+        "is normalised to C",
+    )
+    clipping_quantile: float = Field(
+        0.5, gt=0, lt=1, description="share of records that adaptive clipping leaves unclipped"
+    )
+    clipping_rate: float = Field(0.2, gt=0, le=10, description="how fast adaptive clipping moves C")
+    clipping_count_noise: float | None = Field(
+        default=None,
+        gt=0,
+        description="noise on adaptive clipping's count, in records; default the larger of a twentieth of the expected "
+        "batch and twice the noise multiplier",
+    )
     rank: int = Field(8, ge=1, description="rank of the LoRA adapters")
     lora_alpha: float = Field(16.0, gt=0, description="scale of the LoRA adapters (alpha / rank)")
     target_modules: tuple[str, ...] | None = Field(
@@ -118,8 +135,8 @@ class RunConfig(_Settings):
     pooling: Literal["first", "mean"] = Field(
         "first", description="what a BERT classifier reads: its first token, or the mean of the token states"
     )
-    aggregation: Literal["ffa", "fedavg"] = Field(
-        "ffa", description="ffa: A frozen at a public seed, B trained; fedavg: A and B trained"
+    aggregation: Literal["ffa", "fedavg", "rolora"] = Field(
+        "ffa", description="ffa: A frozen at a public seed, B trained; fedavg: A and B trained; rolora: by turns"
     )
     optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimizer, on noised gradients")
     learning_rate: float = Field(1.0, gt=0, description="of the local optimizer")
@@ -131,8 +148,15 @@ class RunConfig(_Settings):
     averaging: Literal["none", "tail"] = Field(
         "none", description="what is scored and saved: the last adapter, or the mean over the last half of the rounds"
     )
-    weights: Literal["uniform", "declared"] = Field(
-        "uniform", description="public weights of the average: equal, or by declared records"
+    smoothing: str = Field(
+        "none", description="of the averaged update: none, or laplacian:SIGMA (Laplacian smoothing of strength SIGMA)"
+    )
+    shrinkage: Literal["none", "spectral"] = Field(
+        "none", description="spectral: shrink the averaged update's singular values by the noise known to be in it"
+    )
+    weights: Literal["uniform", "declared", "inverse-variance"] = Field(
+        "uniform",
+        description="public weights of the average: equal, by declared records, or by the public noise levels",
     )
     noise_schedule: Literal["constant", "step", "exponential", "cosine", "lr-matched"] = Field(
         "constant", description="noise multiplier over the rounds, calibrated as a whole to the target ε"
@@ -144,7 +168,11 @@ class RunConfig(_Settings):
     noise_every: int | None = Field(
         default=None, ge=1, description="rounds between two steps of the step schedule; default a quarter of the rounds"
     )
-    noise_allocation: Literal["uniform"] = Field("uniform", description="noise over the adapter's tensors")
+    noise_allocation: Literal["uniform", "min-energy", "importance"] = Field(
+        "uniform",
+        description="noise over the adapter's modules: equal; least in total, from public shapes; or less where "
+        "released updates were important",
+    )
     engine: Literal["fused", "opacus"] = Field("fused", description="per-example gradients: fused, or Opacus hooks")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
     precision: Literal["auto", "float32", "bf16"] = Field(
@@ -170,6 +198,10 @@ class RunConfig(_Settings):
     accountant_public_key: str | None = Field(
         default=None, description="the accountant's Ed25519 key, base64; without it the first one that answers is kept"
     )
+    accountant_anchor: str | None = Field(
+        default=None,
+        description="file, outside this machine, that always holds the embedded ledger's head: one set back is noticed",
+    )
     output: str | None = Field(default=None, description="folder for the results; default runs/NNN")
     resume: bool = Field(False, description="go on with the run in --output from its last finished round")
     clients: dict[str, ClientSettings] = Field(default_factory=dict, description="settings per organisation")
@@ -179,6 +211,12 @@ class RunConfig(_Settings):
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("smoothing")
+    @classmethod
+    def _smoothing(cls, value: str) -> str:
+        smoothing_strength(value)
         return value
 
     @field_validator("accountant")
@@ -221,7 +259,30 @@ class RunConfig(_Settings):
             noise_multiplier=own.noise_multiplier or (None if own.target_epsilon else self.noise_multiplier),
             declared_records=own.declared_records,
             expected_batch_size=own.expected_batch_size or self.expected_batch_size,
+            local_steps=own.local_steps or self.local_steps,
+            clipping_norm=own.clipping_norm or self.clipping_norm,
         )
+
+
+def smoothing_strength(setting: str) -> float:
+    """SIGMA of ``laplacian:SIGMA``; 0 for ``none``.
+
+    >>> smoothing_strength("laplacian:0.5")
+    0.5
+
+    Raises:
+        ValueError: for any other word, or a strength that is not > 0 and at most 1000.
+    """
+    if setting == "none":
+        return 0.0
+    kind, _, number = setting.partition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if kind != "laplacian" or not 0 < strength <= 1000:
+        raise ValueError(f"must be none or laplacian:SIGMA with SIGMA in (0, 1000], got {setting!r}")
+    return strength
 
 
 def _explain(error: ValidationError) -> str:

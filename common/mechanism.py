@@ -19,7 +19,7 @@ its values is computed from records: thresholds and ranges are settings, scales 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, get_args
 
@@ -115,6 +115,19 @@ class Mechanism:
         if set(value) != {field.name for field in fields(cls)}:
             raise TypeError(f"a mechanism has the keys {', '.join(field.name for field in fields(cls))}")
         return cls(**{**value, "scales": tuple((name, scale) for name, scale in value["scales"])})
+
+
+def active_tensors(aggregation: str, server_round: int, names: Collection[str]) -> tuple[str, ...]:
+    """Which of the trained tensors move in ``server_round`` (from 1).
+
+    All of them, but for ``rolora`` (Chen et al. 2024, arXiv 2409.02346): B in odd rounds and A in even ones, so that
+    averaging is exact in each round; heads move always. B comes first, because A has no gradient while B is zero.
+
+    >>> active_tensors("rolora", 2, ["q.lora_A.weight", "q.lora_B.weight", "head.weight"])
+    ('q.lora_A.weight', 'head.weight')
+    """
+    resting = ".lora_A" if server_round % 2 else ".lora_B"
+    return tuple(name for name in names if aggregation != "rolora" or resting not in name)
 
 
 def module_of(tensor: str) -> str:

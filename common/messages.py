@@ -1,7 +1,7 @@
 """What coordinator, relay and trainer say to each other, as frozen dataclasses.
 
-Downwards goes a ``TrainRequest`` (a ``ListRequest`` at join and restart, a ``PartRequest`` at the end of a run). Upwards
-go six things, and nothing else ever leaves an organisation:
+Downwards goes a ``TrainRequest`` (a ``ListRequest`` at join and restart, a ``PartRequest`` at the end of a run).
+Upwards go six things, and nothing else ever leaves an organisation:
 
 * ``Reply``: the noised update, the reservation it was made under, the head of the chain kept for that coordinator;
 * ``Refusal``: signed, with a reason from a fixed enumeration;
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.mechanism import Mechanism
 from common.privacy import SampledGaussian
 from common.signing import SigningKey, digest, verify
 
@@ -119,6 +120,7 @@ class Plan:
         aggregation: which tensors are trained and how they are combined.
         backbone_hash, adapter_hash: what is trained, and from where.
         envelope: the whole run's bound for this client.
+        mechanism: how records are clipped and where the noise goes.
     """
 
     run_id: str
@@ -138,12 +140,14 @@ class Plan:
     backbone_hash: str
     adapter_hash: str
     envelope: Envelope
+    mechanism: Mechanism = field(default_factory=Mechanism)
 
     def to_json(self) -> dict[str, Any]:
         """The object that is signed."""
         body = {name: getattr(self, name) for name in self.__dataclass_fields__}
         body["event"] = None if self.event is None else self.event.to_json()
         body["envelope"] = self.envelope.to_json()
+        body["mechanism"] = self.mechanism.to_json()
         return body
 
     @classmethod
@@ -152,6 +156,7 @@ class Plan:
         body = dict(value)
         body["event"] = None if body["event"] is None else SampledGaussian.from_json(body["event"])
         body["envelope"] = Envelope.from_json(body["envelope"])
+        body["mechanism"] = Mechanism.from_json(body["mechanism"])
         return cls(**body)
 
 

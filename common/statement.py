@@ -82,7 +82,8 @@ def _clients(certificate: Certificate, epsilons: Mapping[str, Epsilons]) -> list
             regime = "in its regime" if numbers.estimate.in_regime else "outside its regime"
             estimate = f"; Edgeworth estimate {numbers.estimate.epsilon:.4g}, no guarantee, {regime}"
         claim = "" if certificate.private else "no guarantee; accounted as "
-        meaning = f"(unit {part.unit}, relation {part.relation}, {part.sampler} sampling)"
+        how = f", clipping and noise {part.mechanism}" if part.mechanism else ""
+        meaning = f"(unit {part.unit}, relation {part.relation}, {part.sampler} sampling{how})"
         bound = f"{claim}ε ≤ {_up(numbers.envelope_epsilon)} at δ = {part.delta:g}"
         line = f"- {part.client} ({part.dataset}): {bound} {meaning}"
         if numbers.epsilon < numbers.envelope_epsilon:

@@ -94,7 +94,7 @@ def policy_for(client: ClientTerms, terms: RunTerms, coordinator: str, accountan
         datasets={client.dataset: dataset},
         min_noise_multiplier=LEAST_NOISE,
         max_sample_rate=1.0,
-        max_steps_per_round=terms.local_steps,
+        max_steps_per_round=client.local_steps,
         backbones=(terms.backbone_hash,),
         coordinator_keys=(coordinator,),
         accountant_keys=(accountant,),

@@ -82,7 +82,7 @@ class Run:
             delta=client.target_delta or default_delta(client.declared_records),
             target_epsilon=client.target_epsilon,
             declared_records=client.declared_records,
-            clipping_norm=self.terms.clipping_norm,
+            clipping_norm=client.clipping_norm,
             envelope=client.envelope or Envelope(()),
             rounds=(),
             first_head=head,

@@ -6,7 +6,8 @@ terms; a client's own count never enters (it would be private and unbounded).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,12 @@ class WeightedMean:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = dict(shapes)
         self._sum: Doubles = {name: np.zeros(shape) for name, shape in shapes.items()}
+        self._variance = dict.fromkeys(shapes, 0.0)
         self._weight = 0.0
         self.count = 0
 
-    def add(self, update: Arrays, weight: float) -> None:
-        """Add one update.
+    def add(self, update: Arrays, weight: float, noise_std: Mapping[str, float] | None = None) -> None:
+        """Add one update, and the public standard deviation of the noise in each of its tensors, where it is known.
 
         Raises:
             InvalidInput: a name, a shape or a value (not finite) is wrong; nothing was added.
@@ -40,6 +42,7 @@ class WeightedMean:
         check_update(update, self._shapes)
         for name, array in update.items():
             self._sum[name] += weight * array.astype(np.float64)
+            self._variance[name] += (weight * (noise_std or {}).get(name, 0.0)) ** 2
         self._weight += weight
         self.count += 1
 
@@ -48,6 +51,10 @@ class WeightedMean:
         if self.count == 0:
             raise InvalidInput("no update was added, so there is no mean")
         return {name: total / self._weight for name, total in self._sum.items()}
+
+    def noise_std(self) -> dict[str, float]:
+        """Standard deviation of the noise in each tensor of the mean; 0 where it is not known."""
+        return {name: math.sqrt(one) / self._weight for name, one in self._variance.items()}
 
 
 def check_update(update: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -68,7 +75,8 @@ class ServerOptimizer:
     """Applies the mean update to the adapter (Reddi et al. 2021, Algorithm 2, with the update as pseudo-gradient).
 
     ``fedavg`` adds ``learning_rate`` times the mean; ``fedavgm`` keeps a momentum of 0.9; ``fedadam`` is Adam with
-    bias correction (β 0.9 and 0.999). All of it is post-processing of noised updates and costs no privacy.
+    bias correction (β 0.9 and 0.999). All of it is post-processing of noised updates and costs no privacy. A tensor
+    that rests in a round (``rolora``) keeps its place and its moments.
     """
 
     BETA_1, BETA_2, TINY = 0.9, 0.999, 1e-8
@@ -81,19 +89,31 @@ class ServerOptimizer:
         self._kind = kind
         self._rate = learning_rate
         self._schedule = schedule
-        self._steps = 0
+        self._steps: dict[str, int] = {}
         self._first: Doubles = {}
         self._second: Doubles = {}
 
-    def step(self, adapter: Arrays, mean: Doubles, progress: float = 0.0) -> Arrays:
-        """The next adapter, float32; ``progress`` is the share of the run's rounds that lie behind, in [0, 1)."""
-        self._steps += 1
+    def step(
+        self, adapter: Arrays, mean: Doubles, progress: float = 0.0, *, active: Collection[str] | None = None
+    ) -> Arrays:
+        """The next adapter, float32.
+
+        Args:
+            adapter: the current one.
+            mean: the averaged update.
+            progress: the share of the run's rounds that lie behind, in [0, 1).
+            active: the tensors that move; None for all.
+        """
         rate = self._rate * rate_factor(self._schedule, progress)
-        return {name: self._moved(name, array, mean[name], rate) for name, array in adapter.items()}
+        return {
+            name: self._moved(name, array, mean[name], rate) if active is None or name in active else array
+            for name, array in adapter.items()
+        }
 
     def _moved(
         self, name: str, array: npt.NDArray[np.float32], update: npt.NDArray[np.float64], rate: float
     ) -> npt.NDArray[np.float32]:
+        self._steps[name] = self._steps.get(name, 0) + 1
         with np.errstate(over="ignore"):  # the round loop looks whether the result is finite
             return (array.astype(np.float64) + rate * self._direction(name, update)).astype(np.float32)
 
@@ -107,19 +127,19 @@ class ServerOptimizer:
         second = self._second.get(name, np.zeros_like(update))
         self._first[name] = first = self.BETA_1 * first + (1 - self.BETA_1) * update
         self._second[name] = second = self.BETA_2 * second + (1 - self.BETA_2) * update**2
-        corrected = first / (1 - self.BETA_1**self._steps)
-        scale = np.sqrt(second / (1 - self.BETA_2**self._steps)) + self.TINY
+        corrected = first / (1 - self.BETA_1 ** self._steps[name])
+        scale = np.sqrt(second / (1 - self.BETA_2 ** self._steps[name])) + self.TINY
         return np.asarray(corrected / scale, dtype=np.float64)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Arrays for the checkpoint."""
-        arrays: dict[str, npt.NDArray[Any]] = {"steps": np.asarray(self._steps, dtype=np.int64)}
+        arrays: dict[str, npt.NDArray[Any]] = {f"steps/{name}": np.asarray(n) for name, n in self._steps.items()}
         arrays |= {f"first/{name}": array for name, array in self._first.items()}
         arrays |= {f"second/{name}": array for name, array in self._second.items()}
         return arrays
 
     def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take over what ``state`` gave."""
-        self._steps = int(arrays["steps"])
+        self._steps = {name[6:]: int(count) for name, count in arrays.items() if name.startswith("steps/")}
         self._first = {name[6:]: array for name, array in arrays.items() if name.startswith("first/")}
         self._second = {name[7:]: array for name, array in arrays.items() if name.startswith("second/")}

@@ -17,6 +17,9 @@ from common.signing import SigningKey, verify
 from common.statement import not_protected
 from server.terms import RunTerms
 
+METHODS = ("clipping", "server_schedule", "averaging", "weights", "smoothing", "shrinkage")
+"""Settings that a certificate names beside those with a field of their own."""
+
 
 class Accounts(Protocol):
     """What the certificate needs of an accountant, embedded or remote."""
@@ -90,6 +93,7 @@ def certify(
         not_protected=not_protected(release="immediate", anchored=False, simulation=circumstances.simulation),
         notes=circumstances.notes,
         software=f"cloister {version('cloister')}",
+        methods={name.replace("_", "-"): str(getattr(config, name)) for name in METHODS},
     )
     return issue(coordinator, certificate)
 

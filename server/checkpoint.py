@@ -33,7 +33,7 @@ class Checkpoint:
     Attributes:
         plan_hash: of the run's terms. adapter: the global adapter. optimizer: the server optimizer's state.
         metrics: one object per finished round, from round 0. left: clients that have left for good.
-        average: state of the average of adapters, empty without one.
+        average: state of the average of adapters, empty without one. importance: of the modules' importance.
     """
 
     plan_hash: str
@@ -43,6 +43,7 @@ class Checkpoint:
     metrics: tuple[dict[str, Any], ...] = ()
     left: tuple[str, ...] = ()
     average: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
+    importance: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -61,6 +62,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     arrays: dict[str, npt.NDArray[Any]] = {f"adapter/{name}": array for name, array in checkpoint.adapter.items()}
     arrays |= {f"optimizer/{name}": array for name, array in checkpoint.optimizer.items()}
     arrays |= {f"average/{name}": array for name, array in checkpoint.average.items()}
+    arrays |= {f"importance/{name}": array for name, array in checkpoint.importance.items()}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
@@ -98,6 +100,7 @@ def load(path: Path, plan_hash: str) -> Checkpoint | None:
         metrics=tuple(header["metrics"]),
         left=tuple(header["left"]),
         average={name[8:]: array for name, array in arrays.items() if name.startswith("average/")},
+        importance={name[11:]: array for name, array in arrays.items() if name.startswith("importance/")},
     )
 
 

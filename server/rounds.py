@@ -32,6 +32,7 @@ import numpy as np
 from common.accounts import Reconciled
 from common.errors import CloisterError, InvalidInput, LedgerCorrupt, Refused, Unavailable
 from common.history import ListRequest, SignedHistory
+from common.mechanism import active_tensors
 from common.messages import Arrays, Description, Envelope, Plan, Refusal, Reply, Status, TrainRequest, adapter_hash
 from common.signing import SigningKey
 from server import checkpoint as checkpoints
@@ -42,6 +43,8 @@ from server.aggregation import ServerOptimizer, WeightedMean
 from server.averaging import TailAverage
 from server.checkpoint import Checkpoint
 from server.exchange import Answer, Exchange, Failure
+from server.mechanism import Importance, mechanism_for, update_noise
+from server.postprocess import shrunk, smoothed
 from server.terms import ClientTerms, RunTerms
 
 MOST_SHORT_ROUNDS = 2
@@ -136,6 +139,7 @@ class RoundLoop:
         self._agreed: set[str] = set()
         self._optimizer = ServerOptimizer(terms.server_optimizer, terms.server_learning_rate, terms.server_schedule)
         self._average = TailAverage(terms.averaging, terms.rounds)
+        self._importance = Importance(self._shapes)
 
     def run(self) -> Finished:
         """Run every round that is not finished yet, or up to where it is told to stop.
@@ -164,6 +168,7 @@ class RoundLoop:
             if found.optimizer:
                 self._optimizer.restore(found.optimizer)
             self._average.restore(found.average)
+            self._importance.restore(found.importance)
             self._settle()
             self._agree(self._keys)
             self._on_metrics(found.metrics)
@@ -253,6 +258,7 @@ class RoundLoop:
             (*state.metrics, record),
             left,
             self._average.state(),
+            self._importance.state(),
         )
         self._write(following)
         self._short = 0 if has_quorum or not requests else self._short + 1
@@ -269,7 +275,14 @@ class RoundLoop:
         Raises:
             CloisterError: an update was so large that the adapter is not finite any more; no client would train it.
         """
-        adapter = self._optimizer.step(state.adapter, mean.mean(), state.server_round / self._terms.rounds)
+        terms, update = self._terms, mean.mean()
+        active = active_tensors(terms.aggregation, state.server_round + 1, list(state.adapter))
+        if terms.noise_allocation == "importance":
+            self._importance.observe(state.adapter, update, active)
+        if terms.shrinkage == "spectral":
+            update = shrunk(update, mean.noise_std())
+        update = smoothed(update, terms.smoothing)
+        adapter = self._optimizer.step(state.adapter, update, state.server_round / terms.rounds, active=active)
         if not all(np.isfinite(array).all() for array in adapter.values()):
             raise CloisterError(
                 f"round {state.server_round + 1}: the adapter overflows float32; lower --server-learning-rate, or "
@@ -316,8 +329,8 @@ class RoundLoop:
             attempt=reservation.attempt,
             participation=participation,
             event=reservation.event,
-            local_steps=terms.local_steps,
-            clipping_norm=terms.clipping_norm,
+            local_steps=client.local_steps,
+            clipping_norm=client.clipping_norm,
             expected_batch_size=client.expected_batch_size,
             declared_records=client.declared_records,
             optimizer=terms.optimizer,
@@ -326,6 +339,7 @@ class RoundLoop:
             backbone_hash=terms.backbone_hash,
             adapter_hash=current,
             envelope=client.envelope or Envelope(()),
+            mechanism=mechanism_for(terms, client, reservation.event, self._importance.scales()),
         )
 
     def _mark(self, requests: Mapping[str, TrainRequest]) -> None:
@@ -363,7 +377,9 @@ class RoundLoop:
         if answer.reservation_id != reservation_id:
             return Outcome.ERROR, "the reply is for another reservation"
         try:
-            mean.add(answer.update, self._terms.client(request.plan.client).weight)
+            plan, client = request.plan, self._terms.client(request.plan.client)
+            noise = update_noise(self._terms, client, plan.event, plan.mechanism, self._shapes)
+            mean.add(answer.update, client.weight, noise)
         except InvalidInput as error:
             return Outcome.ERROR, str(error)
         return Outcome.REPLIED, ""

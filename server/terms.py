@@ -7,13 +7,13 @@ calibrated from those. The ε of the terms is therefore the ε of the run, to th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from common.config import RunConfig, check_delta, default_delta
+from common.config import RunConfig, check_delta, default_delta, smoothing_strength
 from common.errors import InvalidInput
 from common.messages import Description, Envelope
 from common.privacy import PLDAccountant, Relation, SampledGaussian, calibrate_noise_multiplier
@@ -30,6 +30,7 @@ class ClientTerms:
         envelope: one event per round the client takes part in; None in a run without privacy.
         target_epsilon, target_delta: of the whole run; None without privacy.
         weight: public weight of its updates in the average.
+        local_steps, clipping_norm: of its rounds; C is 0 in a run without privacy.
     """
 
     name: str
@@ -40,13 +41,15 @@ class ClientTerms:
     target_epsilon: float | None
     target_delta: float | None
     weight: float
+    local_steps: int
+    clipping_norm: float
 
     @property
     def noise_on_the_mean(self) -> float:
-        """σ·C/B for C = 1 at the first round: the noise std on this client's mean gradient."""
+        """σ·C/B at the first round: the noise std on this client's mean gradient."""
         if self.envelope is None or not self.envelope.events:
             return 0.0
-        return self.envelope.events[0].noise_multiplier / self.expected_batch_size
+        return self.envelope.events[0].noise_multiplier * self.clipping_norm / self.expected_batch_size
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,6 @@ class RunTerms:
     rounds: int
     clients: tuple[ClientTerms, ...]
     participants: tuple[tuple[str, ...], ...]
-    local_steps: int
-    clipping_norm: float
     relation: str
     optimizer: str
     learning_rate: float
@@ -70,6 +71,14 @@ class RunTerms:
     public_seed: int
     server_schedule: str = "constant"
     averaging: str = "none"
+    clipping: str = "fixed"
+    noise_schedule: str = "constant"
+    noise_allocation: str = "uniform"
+    clipping_quantile: float = 0.5
+    clipping_rate: float = 0.2
+    clipping_count_noise: float | None = None
+    smoothing: float = 0.0
+    shrinkage: str = "none"
     deadline_s: float = field(default=3600.0)
     quorum: int = field(default=1)
 
@@ -149,6 +158,7 @@ def draw_up(
     for name in config.clients:
         if name not in names:
             raise InvalidInput(f"[clients.{name}]: no such client; there are {', '.join(sorted(names))}")
+    _check_combination(config)
     first = descriptions[0]
     for other in descriptions[1:]:
         if (other.backbone_hash, other.initial_hash) != (first.backbone_hash, first.initial_hash):
@@ -161,15 +171,15 @@ def draw_up(
     clients = []
     for description in sorted(descriptions, key=lambda d: d.client):
         relative = [shape[t] for t, names in enumerate(order) if description.client in names]
-        weight = 1.0 if config.weights == "uniform" else description.declared_records / total
+        weight = description.declared_records / total if config.weights == "declared" else 1.0
         clients.append(_client_terms(config, description, relative, weight))
+    if config.weights == "inverse-variance":
+        clients = _weighed_by_noise(clients)
     return RunTerms(
         run_id=run_id,
         rounds=config.rounds,
         clients=tuple(clients),
         participants=order,
-        local_steps=config.local_steps,
-        clipping_norm=0.0 if config.no_privacy else config.clipping_norm,
         relation=relation or config.relation,
         optimizer=config.optimizer,
         learning_rate=config.learning_rate,
@@ -181,9 +191,48 @@ def draw_up(
         public_seed=config.public_seed,
         server_schedule=config.server_schedule,
         averaging=config.averaging,
+        clipping=config.clipping,
+        noise_schedule=config.noise_schedule,
+        noise_allocation=config.noise_allocation,
+        clipping_quantile=config.clipping_quantile,
+        clipping_rate=config.clipping_rate,
+        clipping_count_noise=config.clipping_count_noise,
+        smoothing=smoothing_strength(config.smoothing),
+        shrinkage=config.shrinkage,
         deadline_s=config.round_deadline_s,
         quorum=config.quorum,
     )
+
+
+def _check_combination(config: RunConfig) -> None:
+    """Options that cannot mean anything together.
+
+    Raises:
+        InvalidInput: names both, and the way out.
+    """
+    if config.no_privacy and (config.clipping, config.noise_allocation) != ("fixed", "uniform"):
+        raise InvalidInput("--no-privacy neither clips nor adds noise: leave out --clipping and --noise-allocation")
+    if config.weights == "inverse-variance" and (config.no_privacy or config.clipping == "adaptive"):
+        raise InvalidInput("--weights inverse-variance needs noise levels that are public: with fixed C, and privacy")
+    if config.shrinkage == "spectral" and (
+        config.no_privacy or config.clipping == "adaptive" or config.optimizer != "sgd"
+    ):
+        raise InvalidInput(
+            "--shrinkage spectral needs the noise in an update to be known in public: --optimizer sgd, C that is not "
+            "adaptive, and privacy"
+        )
+
+
+def _weighed_by_noise(clients: Sequence[ClientTerms]) -> list[ClientTerms]:
+    """The same terms with weights inverse to the variance of the noise in each client's update, of sum 1.
+
+    Fixed before round 1 from public σ, C, B and steps. A client that sits out the first round is weighed by the first
+    that it takes part in.
+    """
+    asked = [client for client in clients if client.noise_on_the_mean > 0]  # the others take part in no round
+    inverse = {client.name: 1 / (client.noise_on_the_mean**2 * client.local_steps) for client in asked}
+    total = sum(inverse.values())
+    return [replace(client, weight=inverse.get(client.name, 0.0) / total) for client in clients]
 
 
 def default_batch_size(declared_records: int) -> float:
@@ -201,6 +250,7 @@ def _client_terms(config: RunConfig, description: Description, relative: Sequenc
             f"{description.client}: expected-batch-size {batch:g} is above its {declared} declared records (q > 1); "
             f"at most {declared}, or [clients.{description.client}] expected-batch-size = …"
         )
+    steps = settings.local_steps or config.local_steps
     terms = partial(
         ClientTerms,
         name=description.client,
@@ -208,6 +258,8 @@ def _client_terms(config: RunConfig, description: Description, relative: Sequenc
         declared_records=declared,
         expected_batch_size=batch,
         weight=weight,
+        local_steps=steps,
+        clipping_norm=0.0 if config.no_privacy else settings.clipping_norm or config.clipping_norm,
     )
     if config.no_privacy:
         return terms(envelope=None, target_epsilon=None, target_delta=None)
@@ -218,9 +270,9 @@ def _client_terms(config: RunConfig, description: Description, relative: Sequenc
         client=description.client,
     )
     target = settings.target_epsilon or config.target_epsilon
-    listed = partial(_events, relative, sample_rate=batch / declared, steps=config.local_steps)
+    listed = partial(_events, relative, sample_rate=batch / declared, steps=steps)
     if settings.noise_multiplier is None:
-        events = listed(_factor(relative, batch / declared, target, delta, config))
+        events = listed(_factor(relative, steps, batch / declared, target, delta, config))
         return terms(envelope=Envelope(events), target_epsilon=target, target_delta=delta)
     events = listed(settings.noise_multiplier)
     asked = "target_epsilon" in config.model_fields_set or (
@@ -243,19 +295,21 @@ def _events(relative: Sequence[float], first: float, *, sample_rate: float, step
     return tuple(SampledGaussian(first * one, sample_rate, steps) for one in relative)
 
 
-def _factor(relative: Sequence[float], rate: float, epsilon: float, delta: float, config: RunConfig) -> float:
+def _factor(
+    relative: Sequence[float], steps: int, rate: float, epsilon: float, delta: float, config: RunConfig
+) -> float:
     """σ where the relative noise is 1, such that the whole list meets (ε, δ)."""
     if all(one == 1.0 for one in relative):
         return calibrate_noise_multiplier(
             target_epsilon=epsilon,
             target_delta=delta,
             sample_rate=rate,
-            steps=max(1, len(relative)) * config.local_steps,
+            steps=max(1, len(relative)) * steps,
             relation=config.relation,
         )
     return calibrate_factor(
         relative,
-        steps=config.local_steps,
+        steps=steps,
         sample_rate=rate,
         target_epsilon=epsilon,
         target_delta=delta,

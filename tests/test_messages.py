@@ -111,7 +111,7 @@ def test_no_field_that_leaves_is_free_text_or_a_number_about_records():
             "run_id": str, "client": str, "dataset": str, "public_key": str, "relation": str, "delta": float,
             "target_epsilon": float | None, "declared_records": int, "clipping_norm": float, "envelope": Envelope,
             "rounds": tuple[Attested, ...], "first_head": str, "last_head": str, "code_digest": str, "unit": str,
-            "sampler": str,
+            "sampler": str, "mechanism": str,  # of the plan's own words: tests/guard/test_mechanism.py
         },
         Attested: {
             "reservation_id": str, "server_round": int, "participation": int, "event": SampledGaussian | None,

@@ -9,6 +9,7 @@ from client.engine.adaptive import AdaptiveClipping
 from client.engine.batches import Example
 from client.engine.clipping import FlatClipping, Group, GroupClipping, ShapedClipping
 from client.engine.engine import Engine, make_engine
+from client.engine.mechanism import PrivateSteps
 from client.engine.noise import NoiseSource
 from client.engine.optimizers import Adam, Sgd
 from client.engine.selftest import self_test
@@ -25,6 +26,7 @@ __all__ = [
     "GroupClipping",
     "ModuleShaper",
     "NoiseSource",
+    "PrivateSteps",
     "Sgd",
     "ShapedClipping",
     "adaptive_step",

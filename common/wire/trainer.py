@@ -11,6 +11,7 @@ from common.attestation import PartRequest, part_from_json
 from common.certificate import SignedPart
 from common.errors import InvalidInput
 from common.history import ListRequest, SignedHistory
+from common.mechanism import Mechanism
 from common.messages import Arrays, Description, Plan, Refusal, Reply, Status, StatusCode, TrainRequest
 from common.signing import canonical
 from common.wire import trainer_pb2
@@ -67,6 +68,7 @@ def write_train_request(request: TrainRequest) -> trainer_pb2.TrainRequest:
     own = request.plan
     body = {name: getattr(own, name) for name in own.__dataclass_fields__}
     body |= {"event": write_event(own.event), "envelope": write_envelope(own.envelope)}
+    body["mechanism"] = _write_mechanism(own.mechanism)
     return trainer_pb2.TrainRequest(
         plan=trainer_pb2.Plan(**body),
         plan_signature=request.plan_signature,
@@ -80,12 +82,24 @@ def read_train_request(message: trainer_pb2.TrainRequest) -> TrainRequest:
     """The inverse of ``write_train_request``; nothing is believed yet."""
     present(message, "plan", "reservation")
     own = message.plan
-    present(own, "envelope")
+    present(own, "envelope", "mechanism")
     body = {name: getattr(own, name) for name in Plan.__dataclass_fields__}
     body |= {"event": read_event(own), "envelope": read_envelope(own.envelope)}
+    body["mechanism"] = _read_mechanism(own.mechanism)
     return TrainRequest(
         Plan(**body), message.plan_signature, read_signed(message.reservation), read_arrays(message.adapter)
     )
+
+
+def _write_mechanism(mechanism: Mechanism) -> trainer_pb2.Mechanism:
+    body = {name: getattr(mechanism, name) for name in Mechanism.__dataclass_fields__}
+    scales = [trainer_pb2.Scale(name=name, value=value) for name, value in mechanism.scales]
+    return trainer_pb2.Mechanism(**{**body, "scales": scales})
+
+
+def _read_mechanism(message: trainer_pb2.Mechanism) -> Mechanism:
+    body = {name: getattr(message, name) for name in Mechanism.__dataclass_fields__}
+    return Mechanism(**{**body, "scales": tuple((scale.name, scale.value) for scale in message.scales)})
 
 
 def write_train_response(answer: Reply | Refusal | Status) -> trainer_pb2.TrainResponse:

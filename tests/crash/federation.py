@@ -44,15 +44,14 @@ def make_keys(folder):
 
 def terms(rounds):
     clients = tuple(
-        ClientTerms(name, "notes", 1000, 10.0, Envelope((EVENT,) * rounds), 8.0, 1e-5, 1.0) for name in NAMES
+        ClientTerms(name, "notes", 1000, 10.0, Envelope((EVENT,) * rounds), 8.0, 1e-5, 1.0, EVENT.steps, 1.0)
+        for name in NAMES
     )
     return RunTerms(
         run_id="run",
         rounds=rounds,
         clients=clients,
         participants=(NAMES,) * rounds,
-        local_steps=EVENT.steps,
-        clipping_norm=1.0,
         relation="add_remove",
         optimizer="sgd",
         learning_rate=0.1,

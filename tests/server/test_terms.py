@@ -150,8 +150,8 @@ def test_terms_survive_json_and_keep_their_hash(settings):
 
 def test_without_privacy_nothing_is_promised():
     found = terms(**{"no-privacy": True})
-    assert found.clipping_norm == 0.0
     for client in found.clients:
+        assert client.clipping_norm == 0.0
         assert (client.envelope, client.target_epsilon, client.target_delta) == (None, None, None)
         assert client.noise_on_the_mean == 0.0
 

@@ -12,6 +12,7 @@ from common.accounts import Answer, Ask, Budget, Denial, OpenReservation, Outcom
 from common.certificate import Attested
 from common.errors import BudgetExhausted, CloisterError, InvalidInput, LedgerCorrupt, Refused, Unavailable
 from common.ledger import Ledger, Row
+from common.mechanism import Mechanism
 from common.messages import (
     Description,
     Envelope,
@@ -65,6 +66,14 @@ events = st.builds(
 )
 texts = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"]), min_size=1, max_size=40)
 counts = st.integers(1, 2**31)
+mechanisms = st.builds(
+    Mechanism,
+    clipping=texts,
+    noise_allocation=texts,
+    scales=st.lists(st.tuples(texts, st.floats(1e-6, 1e6)), max_size=3).map(tuple),
+    quantile=st.floats(0, 1),
+    count_noise=st.floats(0, 1e9),
+)
 envelopes = st.lists(st.one_of(events, st.just(EVENT)), max_size=6).map(lambda listed: Envelope(tuple(listed)))
 
 
@@ -77,8 +86,10 @@ def test_reservations_keep_every_bit_so_that_signatures_hold(run_id, client, ser
 
 
 @settings(deadline=None)
-@given(envelopes, st.none() | events, texts, st.floats(0, 1e6), st.floats(0, 1e3))
-def test_requests_keep_every_bit_so_that_signatures_hold(envelope, event, optimizer, clipping_norm, learning_rate):
+@given(envelopes, st.none() | events, texts, st.floats(0, 1e6), st.floats(0, 1e3), mechanisms)
+def test_requests_keep_every_bit_so_that_signatures_hold(
+    envelope, event, optimizer, clipping_norm, learning_rate, mechanism
+):
     adapter = {"b": np.array([[1.5, -0.0]], np.float32), "a": np.array(3.0, np.float32)}
     plan = Plan(
         run_id="run",
@@ -98,6 +109,7 @@ def test_requests_keep_every_bit_so_that_signatures_hold(envelope, event, optimi
         backbone_hash="b",
         adapter_hash=adapter_hash(adapter),
         envelope=envelope,
+        mechanism=mechanism,
     )
     request = TrainRequest(plan, KEY.sign("plan", plan.to_json()), SIGNED, adapter)
     found = trainer.read_train_request(over_the_wire(trainer.write_train_request(request)))
