@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from common.anchor import FileAnchor
 from common.errors import InvalidInput
 from common.ledger import Ledger
 from common.signing import SigningKey, fingerprint
@@ -44,6 +45,10 @@ def _serve(
     anchor: Annotated[
         str | None, typer.Option("--anchor", help="a head the ledger must hold, or a file with it (also a certificate)")
     ] = None,
+    anchor_file: Annotated[
+        Path | None,
+        typer.Option("--anchor-file", help="file outside this machine, made and kept up to date, with the last head"),
+    ] = None,
 ) -> None:
     """Verify the ledger, then answer until SIGTERM; a ledger older than its anchor is not served."""
     tls = tls_files(tls_certificate, tls_key, tls_authority, insecure=insecure)
@@ -52,7 +57,8 @@ def _serve(
     with Ledger(ledger) as book:
         if head is not None:
             book.verify(anchor=head)
-        accountant = EmbeddedAccountant(book, SigningKey.load_or_create(key))
+        kept = None if anchor_file is None else FileAnchor(anchor_file)
+        accountant = EmbeddedAccountant(book, SigningKey.load_or_create(key), anchor=kept)
         server, listening = serve(accountant, address, tls=tls, revoked=revocations)
         stopped = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,6 +5,7 @@ Guarantees, each durable before the method returns:
     * a reservation lies inside the envelope, at a place that no other counting reservation holds;
     * after any crash the spent ε is never below the truth: a reservation counts from the moment it is written,
       and stops counting only when the client signed that it never trained, or when nothing was sent;
+    * where an anchor is set, nothing is answered before it holds the ledger's head;
     * of two concurrent callers, threads or processes on one ledger, the second sees what the first wrote.
 
 Decisions rest on ``server/book.py``, which is replayed from the verified ledger and follows other writers.
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from common.accounts import Answer, Ask, Budget, Denial, OpenReservation, Outcome, Reconciled, Registration, Spent
+from common.anchor import Anchor, check_anchored
 from common.certificate import Attested
 from common.charge import charge
 from common.errors import BudgetExhausted, InvalidInput, Refused
@@ -49,13 +51,17 @@ class EmbeddedAccountant:
     Args:
         ledger: verified line by line here; several accountants may share one storage.
         key: signs reservations and heads.
+        anchor: outside this machine; holds the head after every change. One accountant writes to it.
 
     Raises:
-        LedgerCorrupt: the ledger does not verify.
+        LedgerCorrupt: the ledger does not verify, or is older than its anchor.
+        Unavailable: the anchor cannot be asked.
     """
 
-    def __init__(self, ledger: Ledger, key: SigningKey) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, key: SigningKey, *, anchor: Anchor | None = None) -> None:
+        if anchor is not None:
+            check_anchored(ledger, anchor)
+        self._ledger, self._anchor, self._anchored = ledger, anchor, ""
         self._key = key
         self.public_key = key.public_key
         self._lock = threading.RLock()
@@ -276,9 +282,17 @@ class EmbeddedAccountant:
     @contextmanager
     def _writing(self) -> Iterator[Book]:
         """The book as it stands, while nobody else can write; what is appended inside is durable afterwards."""
-        with self._lock, self._ledger.exclusive():
-            self._catch_up()
-            yield self._book
+        with self._lock:
+            with self._ledger.exclusive():
+                self._catch_up()
+                yield self._book
+            self._keep_head()
+
+    def _keep_head(self) -> None:
+        """After the lines are durable and before anybody is answered; a call that failed just here is tried again."""
+        if self._anchor is not None and (head := self._ledger.head()) != self._anchored:
+            self._anchor.write(head)
+            self._anchored = head
 
     @contextmanager
     def _reading(self) -> Iterator[Book]:

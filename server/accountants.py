@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from common.anchor import FileAnchor
 from common.config import EMBEDDED, RunConfig
 from common.errors import InvalidInput, Refused
 from common.ledger import Ledger
@@ -48,11 +49,12 @@ def open_accountant(
         InvalidInput: the settings lack something, or a file cannot be read.
         Unavailable: the service does not answer; the message says how it is started.
         Refused: it holds another key than the pinned one, or than the one this run began with.
-        LedgerCorrupt: the embedded ledger does not verify.
+        LedgerCorrupt: the embedded ledger does not verify, or is older than its anchor.
     """
     if config.accountant == EMBEDDED:
         with Ledger(ledger) as book:
-            accountant = EmbeddedAccountant(book, SigningKey.load_or_create(key))
+            anchor = None if config.accountant_anchor is None else FileAnchor(root / config.accountant_anchor)
+            accountant = EmbeddedAccountant(book, SigningKey.load_or_create(key), anchor=anchor)
             _keep(accountant.public_key, seen)
             yield accountant
         return
