@@ -122,6 +122,7 @@ def _nodes(
     watch: Annotated[
         float | None, typer.Option("--watch", metavar="SECONDS", min=0.5, help="look again, until it is ended")
     ] = None,
+    touch: Annotated[Path | None, typer.Option("--touch", help="file to touch after every look that went well")] = None,
 ) -> None:
     """On the coordinator: register the SuperNodes of FOLDER with the SuperLink, and strike off the revoked ones."""
     from deploy.nodes import connect
@@ -132,6 +133,8 @@ def _nodes(
         while True:
             try:
                 _look(client, folder)
+                if touch is not None:
+                    touch.touch()
             except CloisterError as error:
                 if watch is None:
                     raise
