@@ -15,7 +15,7 @@ CONSTRAINT := $(if $(filter cuda,$(TORCH)),,--constraint constraints-cpu.txt)
 OUTPUT := $(if $(output),--output $(output),)
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate test test-slow test-crash check format benchmarks protos clean
+.PHONY: help simulate test test-slow test-crash test-deployment check format benchmarks protos clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -27,10 +27,13 @@ test: $(STAMP)  ## install, then run the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take longer
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not containers" $(ARGS)
 
 test-crash: $(STAMP)  ## kill -9 accountant, coordinator and organisations KILLS times in running federations
 	CLOISTER_KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -u -m pytest tests/crash -m slow -s $(ARGS)
+
+test-deployment: $(STAMP)  ## as root: images, a coordinator and two organisations as containers, three faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/provision/test_compose.py tests/deployment/test_containers.py -v -rs $(ARGS)
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
