@@ -178,19 +178,20 @@ Compare these with the coordinator by telephone before you pin them:
            --coordinator-key {coordinator_key} \\
            --accountant-key {accountant_key}
 
-   Then name in it the backbones you allow (`cloister backbone verify FOLDER` prints the hash), and check it with
-   `cloister client policy check policy.toml --data NAME=PATH`.
+   Name in it the backbones you allow (`cloister backbone verify FOLDER` prints the hash). Beside it goes
+   `trainer.toml`, which says where your records and the backbone are; docs/deployment.md shows one.
+   `cloister client doctor --policy policy.toml --kit .` checks everything, and sends nothing.
 
-2. Start the trainer, the only process that can read your records:
+2. Start the trainer, the only process that can read your records. It signs with `client.key` of this folder:
 
        cloister client trainer --policy policy.toml
 
 3. Join the coordinator at {coordinator}:
 
-       cloister client join --coordinator {coordinator} --kit .
+       cloister client join --kit . --trainer unix:trainer.sock
 
-Both have more settings (`--help`). In containers the same is `deploy/client/compose.yaml`: set the variables of
-`deploy/client/.env.example`, then `docker compose up`.
+In containers the same is `deploy/client/compose.yaml`: set the variables of `deploy/client/.env.example`, then
+`docker compose up --detach --wait`.
 
 The coordinator reaches nothing here: both processes call out or listen on this machine only, and the relay has no file
 of yours but `ca.crt` and `supernode.key`.

@@ -7,6 +7,7 @@ so in one line and tests/provision/test_compose.py has still checked the compose
 import contextlib
 import gzip
 import http.server
+import ipaddress
 import json
 import os
 import re
@@ -35,6 +36,8 @@ IMAGES = ("coordinator", "supernode", "proxy", "trainer")
 SILOS = {"clinic-a": "NHLBI", "clinic-b": "CDC"}
 RECORDS = 200
 USER = 10001
+WHEELS_PORT = 18099
+"""Always the same, because it is part of what a layer is cached by."""
 
 POLICY = """\
 organisation = "{name}"
@@ -110,10 +113,11 @@ def local_wheels(engine):
     if not folder.is_dir():
         yield []
         return
-    inspect = "{{(index .IPAM.Config 0).Gateway}}"
-    host = run("docker", "network", "inspect", "bridge", "--format", inspect, env=engine).stdout.strip()
+    inspect = "{{(index .IPAM.Config 0).Subnet}}"
+    subnet = run("docker", "network", "inspect", "bridge", "--format", inspect, env=engine).stdout.strip()
+    host = str(next(ipaddress.ip_network(subnet).hosts()))
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer((host, 0), handler) as server:
+    with http.server.ThreadingHTTPServer((host, WHEELS_PORT), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield [
