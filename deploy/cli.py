@@ -21,6 +21,7 @@ from rich.markup import escape
 from common.config import RunConfig
 from common.errors import CloisterError, Interrupted
 from deploy.accountant_commands import accountant_app
+from deploy.adapter_commands import adapter_app
 from deploy.backbone_commands import backbone_app
 from deploy.coordinator_commands import coordinator_app
 from deploy.ledger_commands import certificate_app, ledger_app
@@ -86,6 +87,7 @@ app.add_typer(ledger_app)
 app.add_typer(certificate_app)
 app.add_typer(provision_app)
 app.add_typer(backbone_app)
+app.add_typer(adapter_app)
 
 
 @app.command()

@@ -243,7 +243,8 @@ class Deployment:
         text = self.coordinator.inside("superexec", "cat", f"/state/runs/{run_id}/certificate.json").stdout
         path = self.folder / f"{run_id}.json"
         path.write_text(text)
-        verify = ["certificate", "verify", str(path), "--public-key", self.key("accountant"), "--json"]
+        verify = ["certificate", "verify", str(path), "--json"]
+        verify += [part for side in ("coordinator", "accountant") for part in ("--public-key", self.key(side))]
         checked = CliRunner().invoke(app, verify)
         assert checked.exit_code == 0, (checked.output, checked.exception)
         return json.loads(text)
@@ -261,11 +262,6 @@ def give(*folders):
     for folder in folders:
         for path in (folder, *folder.rglob("*")):
             os.chown(path, USER, USER)
-    # The test's folder is root's alone; the containers' user must be able to pass through.
-    for folder in folders:
-        for parent in folder.parents:
-            if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-                parent.chmod(parent.stat().st_mode | 0o011)
 
 
 def write_records(path, silo):
@@ -319,6 +315,23 @@ def test_three_rounds_on_real_records_end_with_an_adapter_and_a_certificate_that
         # The trainer charges the envelope, the coordinator the rounds: the guarantee is never below what was reserved.
         spent = deployment.spent(name)
         assert deployment.show(finished)["epsilon"][name] <= spent["epsilon"] + 1e-6 <= spent["target_epsilon"]
+
+
+def test_the_evaluator_scores_the_adapter_on_a_public_set_without_a_network(deployment, finished):
+    public = deployment.folder / "public"
+    public.mkdir()
+    write_records(public / "public.jsonl", "NIHSeniorHealth")
+    overlay = ROOT / "deploy" / "coordinator" / "compose.evaluator.yaml"
+    own = {"CLOISTER_BACKBONE": str(deployment.folder / "clinic-a" / "backbone"), "CLOISTER_PUBLIC_DATA": str(public)}
+    project = Project(deployment.coordinator.name, "coordinator", deployment.coordinator.environment | own, overlay)
+    start = ("run", "--rm", "-T", "--no-deps", "evaluator", "cloister")
+    built = ("adapter", "build", f"/runs/runs/{finished}", "--model", "/backbone", "--output", "/state/adapter")
+    assert "3 rounds" in project(*start, *built).stdout
+    columns = ("--prompt-column", "question", "--completion-column", "answer", "--json")
+    data = ("--eval-data", "/public/public.jsonl", "--model", "/backbone")
+    scored = json.loads(project(*start, "evaluate", "--adapter", "/state/adapter", *data, *columns).stdout)
+    assert 0 < scored["score"] < 1
+    assert scored["count"] > RECORDS
 
 
 def test_a_stranger_in_the_outer_network_reaches_the_proxy_and_nothing_behind_it(deployment, finished, engine, images):
