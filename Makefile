@@ -42,8 +42,10 @@ format: $(STAMP)  ## put every file into the one format
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 benchmarks: $(STAMP)  ## the figures of the README's tables that take minutes (the others name their command)
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/federation.py run demo
+	$(BIN)/python benchmarks/federation.py run demo --epsilon none
 	$(BIN)/python benchmarks/accountant.py
+	$(BIN)/python benchmarks/engine.py
 
 protos: $(STAMP)  ## regenerate the gRPC stubs in common/wire
 	$(BIN)/python -m common.wire.generate
