@@ -10,7 +10,6 @@ import http.server
 import ipaddress
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -120,12 +119,11 @@ def local_wheels(engine):
     with http.server.ThreadingHTTPServer((host, WHEELS_PORT), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield [
-            f"--build-arg=PIP_FIND_LINKS=http://{host}:{server.server_port}/",
-            f"--build-arg=PIP_TRUSTED_HOST={host}",
-        ]
-        server.shutdown()
-        thread.join()
+        try:
+            yield [f"--build-arg=PIP_FIND_LINKS=http://{host}:{WHEELS_PORT}/", f"--build-arg=PIP_TRUSTED_HOST={host}"]
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +346,7 @@ for path in ("v1/control/list-runs", "v1/control/start-run", "v1/runtime/acquire
     except urllib.error.HTTPError as error:
         print(error.code)
 try:
-    ask("v1/fleet/pull-messages", **{"Content-Type": "application/x-protobuf"})
+    ask("v1/fleet/pull-messages", **{"Content-Type": "application/protobuf"})
     print("open fleet")
 except urllib.error.HTTPError as error:
     print("fleet", error.code)
@@ -371,7 +369,7 @@ for host, port in [line.split() for line in sys.stdin]:
         "-c", script, env=engine, text="".join(f"{host} {port}\n" for host, port in behind),
     ).stdout.splitlines()  # fmt: skip
     assert seen[:5] == ["404"] * 5
-    assert re.fullmatch(r"fleet (400|401)", seen[5])
+    assert seen[5] == "fleet 401"
     assert seen[6:] == ["unreachable"] * len(behind)
 
 
@@ -388,6 +386,26 @@ def test_code_beside_the_relay_finds_no_record_no_ledger_and_no_signing_key(depl
         assert inside.count("Read-only file system") == 2
         network = client.inside("trainer", "sh", "-c", "cat /proc/net/dev | grep -c : ; cat /proc/net/route | wc -l")
         assert network.stdout.split() == ["1", "1"]  # loopback, and no route
+
+
+def test_a_hostile_bundle_runs_beside_the_relay_and_brings_nothing_home(deployment, finished):
+    """Code of the coordinator's choice, shipped by Flower, run by the SuperNode as it would run the relay."""
+    script = (Path(__file__).parent / "hostile_bundle.py").read_text()
+    said = deployment.coordinator.inside("superexec", "python3", "-", text=script, limit_s=400).stdout
+    reports = [json.loads(line.split("HOSTILE ", 1)[1]) for line in said.splitlines() if "HOSTILE {" in line]
+    assert len(reports) == len(SILOS), said[-3000:]
+    for report in reports:
+        assert report["files"] == report["others"] == report["written"] == []
+        assert report["sockets"] == ["trainer.sock"]
+        for method in ("Status", "Budget", "Read"):
+            answers = {answer for asked, answer in report["answers"] if asked == method}
+            assert answers == {"StatusCode.UNIMPLEMENTED"}
+        for method, answer in report["answers"]:
+            # Public facts, and the few bytes of a status: an adapter or a record would be larger.
+            assert method == "Describe" or not answer.isdigit() or int(answer) < 64, (method, answer)
+    for name in SILOS:
+        rows = (deployment.folder / name / "data" / "records.jsonl").read_text().splitlines()
+        assert not any(json.loads(row)["question"] in said for row in rows)
 
 
 def test_three_faults_in_one_run_and_epsilon_stays_right_on_both_sides(deployment, finished, engine):
