@@ -10,6 +10,7 @@ import http.server
 import ipaddress
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -289,6 +290,31 @@ def finished(deployment):
     found = deployment.wait(run_id, lambda found: found["state"] in ("finished", "failed"), 600)
     assert found["state"] == "finished", found
     return run_id
+
+
+OVERLAYS = {
+    "coordinator": ((), ("postgres",), ("evaluator",), ("evaluator", "gpu"), ("postgres", "evaluator", "gpu")),
+    "client": ((), ("gpu",)),
+}
+
+
+@pytest.mark.parametrize(("side", "overlays"), [(side, one) for side, some in OVERLAYS.items() for one in some])
+def test_compose_takes_every_overlay_and_misses_every_value(engine, side, overlays):
+    """The second witness of tests/provision/test_compose.py: Compose itself reads the files."""
+    names = ["compose.yaml", *(f"compose.{one}.yaml" for one in overlays)]
+    files = [part for name in names for part in ("--file", ROOT / "deploy" / side / name)]
+    needed = set()
+    while True:
+        environment = {**engine, **dict.fromkeys(needed, "/somewhere")}
+        command = ["docker", "compose", "--env-file", "/dev/null", *files, "config", "--quiet"]
+        asked = run(*command, env=environment, check=False)
+        if asked.returncode == 0:
+            break
+        (missing,) = re.findall(r"variable (\w+) is missing a value: \S", asked.stderr)
+        assert missing not in needed
+        needed.add(missing)
+    assert {"CLOISTER_FEDERATION", "CLOISTER_RUNS"} <= needed or side == "client"
+    assert {"CLOISTER_KIT", "CLOISTER_DATA"} <= needed or side == "coordinator"
 
 
 def test_the_images_hold_no_compiler_no_key_and_no_root(engine, images):

@@ -211,3 +211,15 @@ def test_the_context_of_the_build_lists_what_goes_in():
         "deploy",
     }
     assert {"**/*.key", "**/.env", "**/*.sqlite*"} <= set(lines)
+
+
+def test_where_no_engine_can_run_the_script_says_so_in_one_line(tmp_path):
+    script = Path(__file__).parents[1] / "deployment" / "engine.sh"
+    options = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    text = script.read_text()  # the checkout may be closed to other users: the shell reads it from its input
+    asked = subprocess.run(
+        ["sh", "-s", "up", "/nowhere"], input=text, capture_output=True, text=True, cwd="/", **options
+    )
+    assert asked.returncode == 3
+    assert asked.stderr.splitlines() == ["no container engine can run here: starting one needs root"]
+    assert asked.stdout == ""
