@@ -12,7 +12,7 @@ import numpy as np
 
 from client.policy import Policy
 from common.errors import InvalidInput, Refused
-from common.mechanism import Mechanism
+from common.mechanism import LEAST_CLIPPING, Mechanism
 from common.messages import Plan, RefusalReason, TrainRequest, adapter_hash
 from common.privacy import SampledGaussian
 from common.signing import canonical, verify
@@ -78,8 +78,9 @@ def _is_well_formed(plan: Plan) -> bool:
         return False
     if plan.event is None:
         return plan.mechanism.problem(None) is None
-    private = isinstance(plan.event, SampledGaussian) and plan.event.steps == plan.local_steps
-    return private and plan.clipping_norm > 0 and plan.mechanism.problem(plan.event.noise_multiplier) is None
+    if not isinstance(plan.event, SampledGaussian) or plan.event.steps != plan.local_steps:
+        return False
+    return plan.clipping_norm >= LEAST_CLIPPING and plan.mechanism.problem(plan.event.noise_multiplier) is None
 
 
 def check_policy(plan: Plan, policy: Policy, now: float) -> Finding | None:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import InvalidInput
+from common.mechanism import LEAST_CLIPPING
 
 EMBEDDED = "embedded"
 """The accountant in the coordinator's own process."""
@@ -51,7 +52,9 @@ class ClientSettings(_Settings):
     declared_records: int | None = Field(default=None, ge=1, description="the public constant behind the sample rate")
     expected_batch_size: float | None = Field(default=None, gt=0, description="expected records per step")
     local_steps: int | None = Field(default=None, ge=1, description="DP-SGD steps of this organisation per round")
-    clipping_norm: float | None = Field(default=None, gt=0, description="C: L2 bound on each of its records' gradients")
+    clipping_norm: float | None = Field(
+        default=None, ge=LEAST_CLIPPING, description="C: L2 bound on each of its records' gradients"
+    )
 
 
 class RunConfig(_Settings):
@@ -110,7 +113,7 @@ class RunConfig(_Settings):
     noise_multiplier: float | None = Field(
         default=None, gt=0, description="σ of every client, instead of calibrating it"
     )
-    clipping_norm: float = Field(1.0, gt=0, description="C: L2 bound on each record's gradient")
+    clipping_norm: float = Field(1.0, ge=LEAST_CLIPPING, description="C: L2 bound on each record's gradient")
     clipping: Literal["fixed", "adaptive", "automatic"] = Field(
         "fixed",
         description="fixed: at C; adaptive: C follows a noised quantile, which is charged; automatic: every gradient "

@@ -30,6 +30,10 @@ Clipping = Literal["fixed", "adaptive", "automatic"]
 Allocation = Literal["uniform", "min-energy", "importance"]
 STABILITY: Final = 0.01
 """γ of automatic clipping, as in its paper."""
+LEAST_CLIPPING: Final = 1e-6
+"""The smallest C a plan may name, and the smallest lower end of adaptive clipping's range. With far smaller ones and an
+adapter of tiny numbers the squares of a float32 gradient would vanish: its norm would read 0 and it would leave whole,
+under noise of next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Mechanism:
             return "every scale must be a finite number > 0"
         if max(values) > MAX_CONDITION * min(values):
             return f"scales span {max(values) / min(values):.3g}, at most {MAX_CONDITION:g} is allowed"
+        if min(values) < 1 / MAX_CONDITION:
+            return f"every scale must be at least {1 / MAX_CONDITION:g}: C is there to be lowered"
         return None
 
     def _wrong_adaptation(self, noise_multiplier: float) -> str | None:
@@ -100,6 +106,8 @@ class Mechanism:
             return "the settings of adaptive clipping must be finite numbers > 0"
         if self.quantile >= 1 or self.lower > self.upper:
             return "the quantile of adaptive clipping must be below 1, and lower not above upper"
+        if self.lower < LEAST_CLIPPING:
+            return f"the range of adaptive clipping must begin at {LEAST_CLIPPING:g} or above"
         if self.clipping == "adaptive":
             sum_noise_multiplier(noise_multiplier, count_noise_std=self.count_noise)
         return None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.errors import InvalidInput
 
 BLOCK = 1024
-"""Row length is a multiple of this; squares are summed in float32 inside a block and in float64 across blocks."""
+"""Row length is a multiple of this, so that norms take whole rows in whole blocks (``client/engine/clipping.py``)."""
 
 
 @dataclass(frozen=True, slots=True)

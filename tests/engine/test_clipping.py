@@ -293,3 +293,32 @@ def test_automatic_clipping_keeps_zero_at_zero():
 def test_a_stability_constant_out_of_range_is_refused(stability):
     with pytest.raises(InvalidInput, match="stability"):
         FlatClipping(1.0, stability)
+
+
+def test_no_threshold_is_so_small_that_float32_squares_vanish_below_it():
+    """Entries of 1e-25 have a norm of 0 in float32: under C = 1e-30 their row stayed five million times as long."""
+    for make in RULES.values():
+        with pytest.raises(InvalidInput, match="1e-10"):
+            make(1e-30)
+    with pytest.raises(InvalidInput, match="1e-10"):
+        ShapedClipping(1e-6, {"first": 1e-7, "second": 1e-6})
+
+
+@pytest.mark.parametrize("entry", [1e-25, 1e-22, 3e-20, 1e-19, 1e-12])
+@pytest.mark.parametrize("name", RULES)
+def test_rows_of_tiny_entries_stay_within_the_least_threshold(name, entry):
+    rule = RULES[name](1e-9)
+    arena, rows = filled(np.full((1, LAYOUT.num_parameters), entry))
+    total = arena.vector()
+    rule.add(rows, LAYOUT, total)
+    assert length(rule, total) <= 1.0
+
+
+@pytest.mark.parametrize("place", [0, 1, 100, 500, 1023])
+@pytest.mark.parametrize("square", [2.9e-8, 5.9e-8, 1.1e-7])
+def test_a_large_entry_does_not_hide_the_small_ones_from_the_norm(place, square):
+    """Squares just below half a unit in the last place of their running sum are rounded away, all in one direction."""
+    rows = torch.full((1, 4096), math.sqrt(square))
+    rows[0, place::1024] = 1.0
+    exact = float(torch.linalg.vector_norm(rows.double()))
+    assert float(row_norms(rows)) >= exact * (1 - 6e-7), "MARGIN leaves 9.5e-7 for the norm and the product"

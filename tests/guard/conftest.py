@@ -35,6 +35,7 @@ PLANS = {
     ),
     "more-local-steps-than-paid-for": ({"local_steps": 5}, RefusalReason.PLAN),
     "no-clipping": ({"clipping_norm": 0.0}, RefusalReason.PLAN),
+    "a-norm-below-what-float32-can-square": ({"clipping_norm": 1e-30}, RefusalReason.PLAN),
     "no-privacy": ({"event": None}, RefusalReason.POLICY),
     "another-client": ({"client": "clinic-b"}, RefusalReason.POLICY),
     "an-unknown-data-set": ({"dataset": "other"}, RefusalReason.POLICY),
