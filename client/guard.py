@@ -125,12 +125,16 @@ class Guard:
         self._ledger.close()
         self._release()
 
-    def admit(self, request: TrainRequest, *, shapes: Mapping[str, tuple[int, ...]]) -> Admission:
+    def admit(
+        self, request: TrainRequest, *, shapes: Mapping[str, tuple[int, ...]], dataset: str | None = None
+    ) -> Admission:
         """Decide on a request from public facts alone.
 
         Args:
             request: as it came; nothing of it is believed.
             shapes: names and shapes of the adapter that the trainer holds.
+            dataset: whose records the trainer holds; a plan for another one's budget is refused. A policy may name
+                several, and without this each of their budgets could be spent on the same records.
 
         Raises:
             Unavailable: the ledger or its anchor cannot be written; nothing was promised.
@@ -147,6 +151,8 @@ class Guard:
             if use is not None and use.request_hash != request.request_hash:
                 return self._refuse(request, RefusalReason.USED)
             finding = self._find(request, coordinator, shapes)
+            if dataset is not None and request.plan.dataset != dataset:
+                finding = RefusalReason.POLICY
             if finding is not None:
                 return self._burn(request, coordinator, finding)
             self._charge(request.plan, coordinator)
@@ -174,9 +180,12 @@ class Guard:
     def clipping_norm(self, request: TrainRequest) -> float:
         """C to begin with: the plan's, or where adaptive clipping left it after this run's last answered round.
 
-        It follows noised counts only, each of them charged with its step, so a later round may depend on it.
+        It follows noised counts only, each of them charged with its step, so a later round may depend on it. A plan
+        whose C does not adapt means the C that it names, and that the certificate states.
         """
         plan = request.plan
+        if plan.mechanism.clipping != "adaptive":
+            return plan.clipping_norm
         with self._lock:
             began = self._journal.began(coordinator_of(request, self.policy) or "", plan.run_id, plan.dataset)
         return next((use.reached for use in reversed(began) if use.reached > 0.0), plan.clipping_norm)

@@ -152,7 +152,7 @@ class Trainer:
 
     def _train(self, request: TrainRequest) -> Reply | Refusal | Status:
         shapes = {name: tuple(array.shape) for name, array in self._workbench.initial.items()}
-        admission = self._guard.admit(request, shapes=shapes)
+        admission = self._guard.admit(request, shapes=shapes, dataset=self._dataset)
         if isinstance(admission, Replay):
             return admission.reply
         if isinstance(admission, Lost):

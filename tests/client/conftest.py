@@ -88,7 +88,7 @@ class Organisation:
             "adapter_hash": adapter_hash(adapter), "envelope": Envelope((event,) if event else ()),
         }  # fmt: skip
         plan = Plan(**(values | changes))
-        reservation = Reservation(f"{self.count:032x}", plan.run_id, 1, "clinic", "notes", 1, event)
+        reservation = Reservation(f"{self.count:032x}", plan.run_id, 1, "clinic", plan.dataset, 1, event)
         head = "a" * 64
         signed = SignedReservation(
             reservation, self.accountant.sign("reservation", reservation.to_json()), head,

@@ -128,6 +128,20 @@ def test_a_record_that_makes_the_model_overflow_contributes_nothing(organisation
     assert held_by_chi_square(flat(answer.update), 2.0 / 100)
 
 
+def test_records_are_never_trained_on_another_data_sets_budget(organisation, monkeypatch):
+    """A policy may name several data sets; each of their budgets pays for its own records only."""
+    clinic = organisation()
+    trainer = clinic.open(examples(3))
+    other = {**trainer.guard.policy.datasets, "labs": trainer.guard.policy.datasets["notes"]}
+    trainer.guard.policy = trainer.guard.policy.model_copy(update={"datasets": other})
+    monkeypatch.setattr(Trainer, "_update", lambda *_: pytest.fail("records were read"))
+    request = clinic.request(dataset="labs")
+    answer = trainer.train(request)
+    assert isinstance(answer, Refusal)
+    assert (answer.reason, answer.voiding) == (RefusalReason.POLICY, True)
+    assert trainer.guard.spent("labs").epsilon == 0.0
+
+
 def test_an_adapter_that_is_not_finite_is_refused_before_data_is_touched(organisation, monkeypatch):
     clinic = organisation()
     bad = {n: np.full_like(a, np.nan) for n, a in clinic.workshop.workbench.initial.items()}

@@ -28,6 +28,10 @@ UNSOUND = {
     "scales beyond the condition number": replace(
         SOUND["importance in the scaled norm"], scales=(("a.lora_B", 2000.0), ("b.lora_B", 1.0))
     ),
+    "scales so small that float32 loses the gradient": replace(
+        SOUND["importance in the scaled norm"], scales=(("a.lora_B", 1e-25), ("b.lora_B", 1e-25))
+    ),
+    "a range down to where float32 loses the gradient": Mechanism("adaptive", count_noise=2.0, lower=1e-30),
     "scales for another tensor": replace(SOUND["importance in the scaled norm"], scales=(("a.lora_B", 1.0),)),
     "an unknown clipping": Mechanism("none"),
     "a text for a mechanism": "fixed",
@@ -87,4 +91,6 @@ def test_the_threshold_goes_on_where_the_last_answered_round_left_it(parties, gu
     guard.start(second)
     again = parties.restart()  # the second round is lost, and what it would have released too
     assert again.clipping_norm(third) == 0.75
+    fixed = parties.request(server_round=3, participation=2, mechanism=Mechanism(), run_id="run")
+    assert again.clipping_norm(fixed) == fixed.plan.clipping_norm, "what does not adapt is clipped as its plan says"
     assert again.clipping_norm(request(0, run_id="another run")) == 1.0
