@@ -3,11 +3,12 @@
 import shutil
 import tempfile
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from common.charge import charge
 from common.errors import BudgetExhausted, Refused
@@ -31,19 +32,26 @@ def epsilon(events):
 class Spending(RuleBasedStateMachine):
     """Two processes' accountants on one ledger, beside the plainest possible book."""
 
+    database = None
+    """On PostgreSQL: makes a context with the URL of an empty database."""
+
     @initialize()
     def open_ledger(self):
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder, self.stack = Path(tempfile.mkdtemp()), ExitStack()
+        self.storage = self.folder / "ledger.sqlite"
+        if self.database is not None:
+            self.storage = self.stack.enter_context(self.database())
         self.accountants = [self.start(), self.start()]
         self.envelopes, self.held, self.sent, self.closed, self.revived = {}, {}, set(), {}, set()
 
     def start(self):
-        return EmbeddedAccountant(Ledger(self.folder / "ledger.sqlite"), KEY)
+        return EmbeddedAccountant(Ledger(self.storage), KEY)
 
     def teardown(self):
         if hasattr(self, "accountants"):
             for accountant in self.accountants:
                 accountant._ledger.close()
+            self.stack.close()
             shutil.rmtree(self.folder)
 
     @rule(which=st.integers(0, 1))
@@ -130,6 +138,13 @@ class Spending(RuleBasedStateMachine):
 
 TestSpending = Spending.TestCase
 TestSpending.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+
+
+def test_ten_concurrent_runs_never_overspend_on_postgresql(postgres_database):
+    class OnPostgres(Spending):
+        database = staticmethod(postgres_database)
+
+    run_state_machine_as_test(OnPostgres, settings=settings(max_examples=8, stateful_step_count=25, deadline=None))
 
 
 def test_ten_threads_registering_at_once_never_exceed_the_lifetime(tmp_path):

@@ -64,8 +64,14 @@ def terms(rounds):
     )
 
 
+def storage(folder):
+    """Where the accountant keeps its ledger: what the file of that name says, or SQLite."""
+    named = Path(folder) / "storage"
+    return named.read_text() if named.exists() else f"{folder}/accountant.sqlite"
+
+
 def accountant(folder):
-    ledger = Ledger(f"{folder}/accountant.sqlite")
+    ledger = Ledger(storage(folder))
     server, _ = serve_accountant(
         EmbeddedAccountant(ledger, key(folder, "accountant")), f"unix:{folder}/accountant.sock", tls=None
     )
