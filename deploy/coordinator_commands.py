@@ -13,7 +13,7 @@ import typer
 
 from common.errors import InvalidInput, Unavailable
 from common.signing import SigningKey, fingerprint
-from deploy.coordinator_runs import current_task, every_run, find, prepare, start, stop, summary
+from deploy.coordinator_runs import every_run, find, prepare, start, stop, summary
 from deploy.doctor import is_free
 from deploy.flower_control import FlowerControl
 from deploy.processes import Service, Supervisor, program
@@ -142,17 +142,10 @@ def _show(run: RunName, folder: Folder = Path("coordinator"), as_json: Json = Fa
 
 
 @runs_app.command("logs")
-def _logs(
-    run: RunName,
-    folder: Folder = Path("coordinator"),
-    superlink: SuperLink = SUPERLINK,
-    tls_authority: Authority = None,
-) -> None:
-    """What the run's last task has printed."""
-    found = find(folder, run)
-    with FlowerControl(superlink, tls_authority) as control:
-        task = current_task(found, control)
-        typer.echo(control.logs(task.run_id) if task is not None else "no task has worked on this run yet")
+def _logs(run: RunName, folder: Folder = Path("coordinator")) -> None:
+    """What happened in every round, and why a client was left out or an update was not used."""
+    file = find(folder, run).path / "run.log"
+    typer.echo(file.read_text("utf-8"), nl=False) if file.exists() else typer.echo("nothing has happened yet")
 
 
 @runs_app.command("stop")

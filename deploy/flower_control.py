@@ -127,15 +127,6 @@ class FlowerControl:
         status = found[flower_run].status
         return FlowerRun(flower_run, status.status or "pending", status.sub_status, status.details)
 
-    def logs(self, flower_run: int) -> str:
-        """What the ServerApp has printed up to now."""
-        from flwr.proto.control_pb2 import StreamLogsRequest
-
-        with self._asking():
-            for part in self._client.StreamLogs(StreamLogsRequest(run_id=flower_run, after_timestamp=0.0)):
-                return str(part.log_output)
-        return ""
-
     @contextmanager
     def _asking(self) -> Iterator[None]:
         try:

@@ -60,6 +60,11 @@ def program(name: str) -> str:
     return str(path)
 
 
+def search_path() -> str:
+    """``PATH`` with this environment's own commands first: Flower's programs start each other by name."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
 class Supervisor:
     """Keeps services running until it is told to stop.
 
@@ -89,7 +94,7 @@ class Supervisor:
             self._stop()
 
     def _start(self, service: Service) -> None:
-        environment = {**os.environ, **QUIET, **service.environment}
+        environment = {**os.environ, "PATH": search_path(), **QUIET, **service.environment}
         process = subprocess.Popen(  # noqa: S603
             list(service.argv), env=environment, start_new_session=True, preexec_fn=_die_with_parent
         )

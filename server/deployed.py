@@ -4,7 +4,7 @@
     HOME/ledger.sqlite                            the embedded accountant's book, over all runs
     HOME/runs/RUN/run.toml, clients               the settings, and for how many organisations to wait
     HOME/runs/RUN/parties.json                    terms and public facts, fixed when the clients first answered
-    HOME/runs/RUN/checkpoint.npz, metrics.jsonl, state.json
+    HOME/runs/RUN/checkpoint.npz, metrics.jsonl, state.json, run.log
     HOME/runs/RUN/adapter.npz, certificate.json   what comes out
     HOME/runs/RUN/stop                            while this file is there, the run ends after the current round
 
@@ -89,6 +89,13 @@ class RunFolder:
         body = {"state": state, **kept, **more, "updated": round(time.time(), 3)}
         write_atomically(self.path / "state.json", json.dumps(body).encode())
 
+    def say(self, text: str) -> None:
+        """One line of the run's log, for the operator; Flower's own log gets it too."""
+        print(text, flush=True)
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with (self.path / "run.log").open("a", encoding="utf-8") as file:
+            file.write(f"{moment} {text}\n")
+
     def metrics(self) -> list[dict[str, Any]]:
         """The finished rounds."""
         file = self.path / "metrics.jsonl"
@@ -143,30 +150,31 @@ class Journalist(Listener):
     def round_started(self, server_round: int, clients: tuple[str, ...]) -> None:
         """See ``Listener``; the same holds for every method below."""
         self._folder.note("training", round=server_round - 1, rounds=self._rounds)
-        say(f"round {server_round}/{self._rounds}: sent to {', '.join(clients)}")
+        self._folder.say(f"round {server_round}/{self._rounds}: sent to {', '.join(clients)}")
 
     def answered(self, server_round: int, client: str, outcome: Outcome, reason: str) -> None:  # noqa: D102
-        say(f"round {server_round}/{self._rounds}: {client}: {outcome}{': ' if reason else ''}{reason}")
+        self._folder.say(f"round {server_round}/{self._rounds}: {client}: {outcome}{': ' if reason else ''}{reason}")
 
     def denied(self, server_round: int, denial: Denial) -> None:  # noqa: D102
-        say(f"round {server_round}/{self._rounds}: {denial.client} is left out: no {denial.reason} is left")
+        self._folder.say(
+            f"round {server_round}/{self._rounds}: {denial.client} is left out: no {denial.reason} is left"
+        )
 
     def absent(self, server_round: int, client: str) -> None:  # noqa: D102
-        say(f"round {server_round}/{self._rounds}: {client} is not connected, so nothing is asked or charged")
+        self._folder.say(
+            f"round {server_round}/{self._rounds}: {client} is not connected, so nothing is asked or charged"
+        )
 
     def corrected(self, client: str, found: Reconciled) -> None:  # noqa: D102
-        say(f"{client}: {len(found.imported)} reservations imported, {len(found.revived)} revived from its signed list")
+        self._folder.say(
+            f"{client}: {len(found.imported)} reservations imported, {len(found.revived)} revived from its signed list"
+        )
 
     def disagreed(self, client: str, reason: str) -> None:  # noqa: D102
-        say(f"{client}: its signed list was not taken over: {reason}")
+        self._folder.say(f"{client}: its signed list was not taken over: {reason}")
 
     def round_ended(self, record: Mapping[str, Any]) -> None:  # noqa: D102
         self._folder.note("training", round=record["round"], rounds=self._rounds)
-
-
-def say(text: str) -> None:
-    """One line of the run's log."""
-    print(text, flush=True)
 
 
 def serve_run(grid: Grid, folder: RunFolder) -> None:
@@ -180,7 +188,7 @@ def serve_run(grid: Grid, folder: RunFolder) -> None:
             _serve(grid, folder)
         except CloisterError as error:
             folder.note("failed", error=str(error), exit_code=error.exit_code)
-            say(f"error: {error}")
+            folder.say(f"error: {error}")
             raise
         except Exception as error:
             folder.note("failed", error=f"{type(error).__name__}: {error}", exit_code=1)
@@ -216,7 +224,7 @@ def _serve(grid: Grid, folder: RunFolder) -> None:
         _certify(folder, config, terms, descriptions, exchange, accountant, coordinator, finished)
     done = finished.metrics[-1]["round"]
     folder.note("finished" if done == terms.rounds else "stopped", round=done, rounds=terms.rounds)
-    say(f"run {terms.run_id}: {done} of {terms.rounds} rounds; adapter and certificate are in {folder.path}")
+    folder.say(f"run {terms.run_id}: {done} of {terms.rounds} rounds; adapter and certificate are in {folder.path}")
 
 
 def _parties(folder: RunFolder, config: RunConfig, exchange: Exchange) -> tuple[RunTerms, tuple[Description, ...]]:
@@ -248,7 +256,7 @@ def _certify(
         Unavailable: a part is missing; everything else is done, and resuming the run asks for it again.
     """
     folder.note("certifying")
-    parts = _gather(terms, keys_of(list(descriptions)), exchange, coordinator)
+    parts = _gather(folder, terms, keys_of(list(descriptions)), exchange, coordinator)
     if missing := missing_parts(terms, parts):
         raise Unavailable(
             f"the rounds are done, but {', '.join(missing)} gave no signed part of the certificate: when their "
@@ -268,7 +276,7 @@ def _certify(
 
 
 def _gather(
-    terms: RunTerms, keys: Mapping[str, str], exchange: Exchange, coordinator: SigningKey
+    folder: RunFolder, terms: RunTerms, keys: Mapping[str, str], exchange: Exchange, coordinator: SigningKey
 ) -> dict[str, SignedPart]:
     """The parts that came and are their clients' own word; who is silent is asked again a few times."""
     parts: dict[str, SignedPart] = {}
@@ -287,7 +295,7 @@ def _gather(
                     raise Unavailable(answer.reason)
                 parts[name] = check_part(answer, client=name, public_key=keys[name], run_id=terms.run_id)
             except CloisterError as error:
-                say(f"{name}: no usable part of the certificate: {error}")
+                folder.say(f"{name}: no usable part of the certificate: {error}")
     return parts
 
 
