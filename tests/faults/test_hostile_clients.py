@@ -1,0 +1,176 @@
+"""A client that lies about its update: the run goes on, the round is charged, and the adapter stays finite.
+
+The relay, the round loop, the accountant and the guards are real; only what the bad client answers is not.
+"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+
+from client.guard import Granted, Guard, Replay
+from client.policy import DatasetPolicy, Policy
+from client.relay import build_relay
+from common.certificate import verify_certificate
+from common.charge import charge
+from common.ledger import Ledger
+from common.messages import Description, Status, StatusCode, adapter_hash
+from common.signing import SigningKey
+from deploy.inprocess_grid import InProcessGrid
+from server.accountant import EmbeddedAccountant
+from server.app import HOME_VARIABLE, app
+
+INITIAL = {"layer.lora_B": np.zeros((3, 2), dtype=np.float32)}
+SHAPES = {name: array.shape for name, array in INITIAL.items()}
+RUN, ROUNDS = "0123456789abcdef", 3
+
+
+class Client:
+    """A trainer without a model: the real guard, and an update of ones."""
+
+    def __init__(self, name, guard):
+        self.name, self.guard, self.trained, self.replies = name, guard, 0, []
+
+    def describe(self):
+        return Description(
+            self.name, self.name, self.guard.public_key, 1000, "b" * 64, SHAPES, tuple(INITIAL), adapter_hash(INITIAL)
+        )
+
+    def signed_list(self, request):
+        return self.guard.signed_list(request)
+
+    def signed_part(self, request):
+        return self.guard.signed_part(request, code_digest="c" * 64)
+
+    def train(self, request):
+        admission = self.guard.admit(request, shapes=SHAPES)
+        if isinstance(admission, Replay):
+            return admission.reply
+        if not isinstance(admission, Granted):
+            return getattr(admission, "refusal", None) or Status(StatusCode.LOST)
+        self.guard.start(request)
+        self.trained += 1
+        self.replies.append(self.guard.finish(request, {name: np.ones_like(a) for name, a in INITIAL.items()}))
+        return self.answer(self.replies[-1])
+
+    def answer(self, reply):
+        return reply
+
+
+def not_a_number(client, reply):
+    return replace(reply, update={"layer.lora_B": np.full((3, 2), np.nan, np.float32)})
+
+
+def other_shape(client, reply):
+    return replace(reply, update={"layer.lora_B": np.ones((2, 3), np.float32)})
+
+
+def other_name(client, reply):
+    return replace(reply, update={"layer.lora_A": np.ones((3, 2), np.float32)})
+
+
+def of_another_round(client, reply):
+    return client.replies[0] if len(client.replies) > 1 else replace(reply, reservation_id="0" * 32)
+
+
+def a_hundred_times(client, reply):
+    return replace(reply, update={name: 100 * array for name, array in reply.update.items()})
+
+
+class World:
+    def __init__(self, home, lie):
+        self.home, self.folder = home, home / "runs" / RUN
+        self.folder.mkdir(parents=True)
+        (self.folder / "clients").write_text("2\n")
+        (self.folder / "run.toml").write_text(
+            f'rounds = {ROUNDS}\nserver-optimizer = "fedavg"\nserver-learning-rate = 1.0\n'
+        )
+        keys = {
+            n: SigningKey.load_or_create(home / "keys" / f"{n}.key").public_key for n in ("coordinator", "accountant")
+        }
+        self.clients = {}
+        for name in ("good", "bad"):
+            policy = Policy(
+                organisation=name,
+                datasets={name: DatasetPolicy(declared_records=1000, target_epsilon=8.0)},
+                min_noise_multiplier=0.1, max_sample_rate=0.5, max_steps_per_round=1, backbones=("b" * 64,),
+                coordinator_keys=(keys["coordinator"],), accountant_keys=(keys["accountant"],),
+            )  # fmt: skip
+            self.clients[name] = Client(name, Guard(policy, home / f"{name}.sqlite", key=SigningKey.generate()))
+        bad = self.clients["bad"]
+        bad.answer = lambda reply: lie(bad, reply)
+
+    def run(self):
+        grid = InProcessGrid(build_relay(lambda context: self.clients[context.node_config["client"]]), ["good", "bad"])
+        app(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={"run": RUN}))
+        with np.load(self.folder / "adapter.npz") as file:
+            return file["layer.lora_B"]
+
+    def check_books(self):
+        """Every round was charged once on both sides, for the liar as for the honest."""
+        coordinator = SigningKey.load(self.home / "keys" / "coordinator.key").public_key
+        verdict = verify_certificate(self.folder / "certificate.json")
+        metrics = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        with Ledger(self.home / "ledger.sqlite", read_only=True) as ledger:
+            accountant = EmbeddedAccountant(ledger, SigningKey.load(self.home / "keys" / "accountant.key"))
+            for name, client in self.clients.items():
+                own = client.guard.uses(coordinator, RUN)
+                assert {use.reservation_id for use in own} == {
+                    item.reservation_id for item in accountant.attested(RUN, name)
+                }
+                assert client.trained == len(own) == ROUNDS
+                truth = charge([use.event for use in own], relation="add_remove", delta=1e-5).epsilon
+                assert metrics[-1]["epsilon"][name] == pytest.approx(truth, rel=1e-9)
+                assert verdict.epsilons[name].epsilon == pytest.approx(truth, rel=1e-9)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    made = []
+
+    def make(lie):
+        made.append(World(tmp_path, lie))
+        return made[-1]
+
+    yield make
+    for one in made:
+        for client in one.clients.values():
+            client.guard.close()
+
+
+@pytest.mark.parametrize(
+    ("lie", "says"),
+    [
+        (not_a_number, "finite"), (other_shape, "shape"), (other_name, "lora_A"),
+        (of_another_round, "another reservation"),
+    ],
+)  # fmt: skip
+def test_an_unusable_update_is_charged_and_left_out(world, lie, says):
+    one = world(lie)
+    np.testing.assert_array_equal(one.run(), np.full((3, 2), float(ROUNDS), np.float32))
+    one.check_books()
+    assert says in (one.folder / "run.log").read_text()
+
+
+def test_a_hundredfold_update_moves_the_average_and_no_book(world):
+    """It is a valid message: what it costs is utility. Nothing here claims to withstand it."""
+    one = world(a_hundred_times)
+    np.testing.assert_allclose(one.run(), np.full((3, 2), ROUNDS * (1 + 100) / 2, np.float32))
+    one.check_books()
+
+
+def test_a_reply_given_twice_is_counted_once(world):
+    one = world(lambda client, reply: reply)
+    asked = one.clients["bad"].train
+
+    def twice(request):
+        first, second = asked(request), asked(request)
+        assert adapter_hash(first.update) == adapter_hash(second.update)
+        return second
+
+    one.clients["bad"].train = twice
+    np.testing.assert_array_equal(one.run(), np.full((3, 2), float(ROUNDS), np.float32))
+    one.check_books()
