@@ -93,14 +93,24 @@ def _clients(certificate: Certificate, epsilons: Mapping[str, Epsilons]) -> list
 
 
 def _meaning(certificate: Certificate) -> str:
-    part = certificate.parts[0].part
-    unit = UNITS.get(part.unit, part.unit)
-    relation = RELATIONS.get(part.relation, part.relation)
+    unit = _each("unit", UNITS, certificate)
+    relation = _each("relation", RELATIONS, certificate)
     return (
         f"Protected is {unit}, against everybody outside that organisation: the coordinator, the other organisations "
         f"and whoever gets the adapter. Neighbouring data sets differ in that {relation}. Organisations that share no "
         "person cost the largest of these ε, not their sum; a person at several organisations costs the sum."
     )
+
+
+def _each(field: str, words: Mapping[str, str], certificate: Certificate) -> str:
+    """What ``field`` means, for every organisation: by name where they differ."""
+    named: dict[str, list[str]] = {}
+    for signed in certificate.parts:
+        value = str(getattr(signed.part, field))
+        named.setdefault(words.get(value, value), []).append(signed.part.client)
+    if len(named) == 1:
+        return next(iter(named))
+    return ", or ".join(f"({', '.join(clients)}) {text}" for text, clients in named.items())
 
 
 def _up(epsilon: float) -> str:

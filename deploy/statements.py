@@ -98,6 +98,16 @@ class Run:
                 f"{self.held_out} records were set aside for evaluation before training: they count as public and are "
                 "not covered"
             )
+        if self.classes:
+            notes.append(
+                "the names of the classes were read from all records and are published with the adapter: they count as "
+                "public and are not covered"
+            )
+        if self.config.silo_column is not None:
+            notes.append(
+                f"the silos and their names were read from the column {self.config.silo_column}: they count as public "
+                "and are not covered"
+            )
         if self.terms.relation == "zero_out":
             notes.append(
                 "declared sizes follow from the data (rounded down to two digits), so the relation is zero_out: a "

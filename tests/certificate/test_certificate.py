@@ -257,6 +257,7 @@ def test_the_statement_says_what_every_number_means():
         "unit record",
         "relation add_remove",
         "relation replace_one",
+        "differ in that (clinic-a) one record is added or removed, or (clinic-b) one record is replaced by any other",
         "poisson sampling",
         "Edgeworth estimate 1, no guarantee, outside its regime",
         "Not protected:",

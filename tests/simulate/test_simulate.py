@@ -271,6 +271,7 @@ def test_a_classifier_keeps_its_classes_and_gives_the_reported_score(tmp_path, c
     )  # fmt: skip
     assert found.code == 0, found.err
     assert json.loads((output / "adapter" / "cloister.json").read_text())["classes"] == ["n", "p"]
+    assert any("names of the classes" in note and "not covered" in note for note in certificate(output).notes)
     found = cloister("evaluate", "--adapter", output / "adapter", "--eval-data", material.public, "--json")
     assert found.code == 0, found.err
     assert json.loads(found.out)["score"] == pytest.approx(metrics(output)[-1]["score"], abs=1e-9)
@@ -283,6 +284,8 @@ def test_a_random_split_and_a_column_give_silos(tmp_path, cloister, options, mat
         "simulate", "--json", "--only-silos", "east,south",
         **options(tmp_path / "b", rounds=1, data=material.one, silo_column="silo"),
     )  # fmt: skip
+    assert any("read from the column silo" in note for note in certificate(tmp_path / "b").notes)
+    assert not any("column" in note for note in certificate(tmp_path / "a").notes)
     assert set(json.loads(column.out)["epsilon"]) == {"east", "south"}
 
 
