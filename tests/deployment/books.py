@@ -1,0 +1,32 @@
+"""What the books of both sides say about a run, read while the processes are there."""
+
+from client.journal import Journal
+from common.ledger import Ledger
+from common.signing import SigningKey
+from server.accountant import EmbeddedAccountant
+
+
+def began(federation, name, run):
+    """The uses that began at an organisation, from its own ledger."""
+    coordinator = SigningKey.load(federation.home / "keys" / "coordinator.key").public_key
+    with Ledger(federation.folder / name / "ledger.sqlite", read_only=True) as ledger:
+        ledger.verify()
+        journal = Journal(ledger)
+        journal.catch_up()
+    return journal.began(coordinator, run, "notes")
+
+
+def charged(federation, name):
+    """Σε of the envelopes charged at an organisation."""
+    with Ledger(federation.folder / name / "ledger.sqlite", read_only=True) as ledger:
+        journal = Journal(ledger)
+        journal.catch_up()
+    return journal.spent("notes", None)[0]
+
+
+def accounted(federation, name, run):
+    """What counts in the coordinator's book."""
+    with Ledger(federation.home / "ledger.sqlite", read_only=True) as ledger:
+        ledger.verify()
+        accountant = EmbeddedAccountant(ledger, SigningKey.load(federation.home / "keys" / "accountant.key"))
+        return accountant.attested(run, name)
