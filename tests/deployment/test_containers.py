@@ -60,7 +60,7 @@ expected-batch-size = 8
 max-length = 64
 rank = 4
 quorum = {quorum}
-round-deadline-s = 120
+round-deadline-s = 400
 target-epsilon = 8.0
 target-delta = 4e-6
 server-learning-rate = 0.05
@@ -287,7 +287,7 @@ def deployment(engine, images, tmp_path_factory):
 def finished(deployment):
     """A run of three rounds, to its end."""
     run_id = deployment.submit(3, len(SILOS))
-    found = deployment.wait(run_id, lambda found: found["state"] in ("finished", "failed"), 600)
+    found = deployment.wait(run_id, lambda found: found["state"] in ("finished", "failed"), 1200)
     assert found["state"] == "finished", found
     return run_id
 
