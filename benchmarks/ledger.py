@@ -2,7 +2,8 @@
 
     python benchmarks/ledger.py [--rounds 30] [--clients 1000] [--url postgresql+psycopg://...]
 
-Prints median and 95th percentile of reserve + sending + commit of a whole round (each durable), per storage, and the
+Prints median and 95th percentile of reserve + sending + commit of a whole round (each durable), per storage, embedded
+and over gRPC (Unix socket; server and caller in this process, so the CPU time is that of both), and the
 rate of ``Ledger.verify`` as a share of a bare sqlite3 + SHA-256 loop over the same file in the same process, taken in
 turns. Results with date and machine go to benchmarks/LOG.md by hand.
 """
@@ -10,10 +11,12 @@ turns. Results with date and machine go to benchmarks/LOG.md by hand.
 import argparse
 import hashlib
 import json
+import os
 import sqlite3
 import statistics
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.ledger import GENESIS, Ledger
@@ -21,19 +24,35 @@ from common.messages import Envelope
 from common.privacy import SampledGaussian
 from common.signing import SigningKey
 from server.accountant import Ask, Budget, EmbeddedAccountant, Outcome, Registration
+from server.accountant_service import serve
+from server.remote_accountant import RemoteAccountant
 
 EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=100)
 
 
-def rounds(storage, clients, count):
+@contextmanager
+def opened(storage, over_grpc):
+    """An accountant on ``storage``: embedded, or behind its service."""
+    with Ledger(storage) as ledger:
+        embedded = EmbeddedAccountant(ledger, SigningKey.generate())
+        if not over_grpc:
+            yield embedded
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            server, address = serve(embedded, f"unix:{folder}/socket", tls=None)
+            with RemoteAccountant(address, timeout_s=300) as remote:
+                yield remote
+            server.stop(None).wait()
+
+
+def rounds(storage, clients, count, *, over_grpc=False):
     """Seconds of each round: all clients reserved, marked and committed, every step on stable storage."""
     names = [f"clinic-{index}" for index in range(clients)]
     registration = Registration(
         "notes", Budget(50.0, 1e-5), Envelope((EVENT,) * count), SigningKey.generate().public_key
     )
     seconds, cpu = [], []
-    with Ledger(storage) as ledger:
-        accountant = EmbeddedAccountant(ledger, SigningKey.generate())
+    with opened(storage, over_grpc) as accountant:
         run_id = f"run-{time.time_ns()}"
         accountant.register(run_id, dict.fromkeys(names, registration))
         for number in range(1, count + 1):
@@ -90,9 +109,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.sqlite"
         found = {"clients": options.clients, "rounds": options.rounds}
-        found["sqlite"] = quantiles(rounds(path, options.clients, options.rounds))
-        if options.url:
-            found["postgresql"] = quantiles(rounds(options.url, options.clients, options.rounds))
+        storages = {"sqlite": path} | ({"postgresql": options.url} if options.url else {})
+        for name, storage in storages.items():
+            for way, over_grpc in (("embedded", False), ("grpc", True)):
+                found[f"{name} {way}"] = quantiles(
+                    rounds(storage, options.clients, options.rounds, over_grpc=over_grpc)
+                )
+        found["load"] = [round(value, 1) for value in os.getloadavg()]
         pairs = [(timed(bare_loop, path), timed(verify, path)) for _ in range(5)]
         found["verify_lines_per_s"] = round(statistics.median(own for _, own in pairs))
         found["bare_lines_per_s"] = round(statistics.median(bare for bare, _ in pairs))
