@@ -1,0 +1,26 @@
+"""Every method that can be chosen is described, with its price."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from common.config import ClientSettings, RunConfig, dashed
+
+PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text("utf-8")
+METHODS = (
+    "noise_schedule", "server_schedule", "clipping", "noise_allocation", "aggregation", "shrinkage", "averaging", "weights",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*METHODS, "smoothing"])
+def test_every_method_has_its_place_in_the_page(name):
+    assert f"--{dashed(name)}" in PAGE
+    for value in get_args(RunConfig.model_fields[name].annotation):
+        if value not in ("none", "uniform"):
+            assert value in PAGE, f"--{dashed(name)} {value}"
+
+
+@pytest.mark.parametrize("name", list(ClientSettings.model_fields))
+def test_every_setting_of_one_organisation_is_listed(name):
+    assert f"`{dashed(name)}`" in PAGE
