@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from client.anchor import Anchor, CommandAnchor, FileAnchor
 from client.checks import Finding, check_adapter, check_agreement, check_policy, coordinator_of
 from client.journal import Journal, Replies, State, Use, as_sent, lock_exclusively
 from client.policy import DatasetPolicy, Policy
 from common import errors
+from common.anchor import Anchor, CommandAnchor, FileAnchor, check_anchored
 from common.attestation import PartRequest
 from common.certificate import Attested, ClientPart, SignedPart, sign_part
 from common.charge import charge
-from common.errors import LedgerCorrupt
 from common.history import Begun, ChargedRun, ClientHistory, ListRequest, SignedHistory
 from common.ledger import Ledger
 from common.messages import Arrays, Plan, Refusal, RefusalReason, Reply, Reservation, TrainRequest
@@ -104,7 +103,8 @@ class Guard:
         try:
             self._ledger = Ledger(ledger_path, clock=clock)
             self._anchor = _anchor_of(policy)
-            self._check_anchor()
+            if self._anchor is not None:
+                check_anchored(self._ledger, self._anchor)
             self._journal = Journal(self._ledger)
             self._journal.catch_up()
             self._replies = Replies(ledger_path.with_name(ledger_path.name + ".replies"))
@@ -449,16 +449,6 @@ class Guard:
         """Nothing is given before the anchor knows of it."""
         if self._anchor is not None:
             self._anchor.write(self._ledger.head())
-
-    def _check_anchor(self) -> None:
-        """A ledger that was set back is older than its anchor; one whose anchor is gone cannot be trusted either."""
-        if self._anchor is None:
-            return
-        head = self._anchor.read()
-        if head is not None:
-            self._ledger.verify(anchor=head)
-        elif self._ledger.verify() > 0:
-            raise LedgerCorrupt("the anchor of this ledger is missing: restore it before training")
 
 
 def _anchor_of(policy: Policy) -> Anchor | None:

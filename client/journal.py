@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from common.anchor import write_durably
 from common.charge import related
 from common.errors import LedgerCorrupt, Refused, Unavailable
 from common.ledger import GENESIS, Draft, Entry, Ledger, scope_hash
@@ -234,22 +235,6 @@ class Replies:
 def as_sent(update: Arrays) -> Arrays:
     """The update in its one form: little-endian float32, contiguous, in the order of the names."""
     return {name: np.ascontiguousarray(update[name], dtype="<f4") for name in sorted(update)}
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write beside, sync, rename, sync the folder: after a crash there is the old file or the new one."""
-    beside = path.with_name(path.name + ".new")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def lock_exclusively(path: Path) -> Callable[[], None]:

@@ -127,7 +127,7 @@ class Policy(_Strict):
         release: when replies leave: ``immediate`` (timing is unprotected). A public slot is refused, not ignored, as
             long as no trainer keeps one.
         anchor: a file, outside this machine, that holds the ledger's last head.
-        anchor_command: instead of a file, a program that keeps it (``client/anchor.py``).
+        anchor_command: instead of a file, a program that keeps it (``common/anchor.py``).
     """
 
     organisation: str = Field(min_length=1)
