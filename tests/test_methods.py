@@ -9,8 +9,15 @@ from common.config import ClientSettings, RunConfig, dashed
 
 PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text("utf-8")
 METHODS = (
-    "noise_schedule", "server_schedule", "clipping", "noise_allocation", "aggregation", "shrinkage", "averaging", "weights",
-)  # fmt: skip
+    "noise_schedule",
+    "server_schedule",
+    "clipping",
+    "noise_allocation",
+    "aggregation",
+    "shrinkage",
+    "averaging",
+    "weights",
+)
 
 
 @pytest.mark.parametrize("name", [*METHODS, "smoothing"])
