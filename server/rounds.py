@@ -304,8 +304,16 @@ class RoundLoop:
         if envelope is None:
             return Ask(name, None, attempt)
         # Past the envelope's end the last event is asked for once more: the accountant says no in its own words.
-        place = min(self._terms.participation(name, server_round), len(envelope.events) - 1)
-        return Ask(name, envelope.events[place], attempt)
+        event = envelope.events[min(self._terms.participation(name, server_round), len(envelope.events) - 1)]
+        if len(set(envelope.events)) == 1:
+            return Ask(name, event, attempt)
+        # A round that was missed or given back left its place free, and who comes next takes that place: where its
+        # event has more noise than this round's, it is the one that is allowed there.
+        for held in self._accountant.attested(run_id, name):
+            if held.server_round == server_round and held.event is not None:
+                return Ask(name, held.event, attempt)
+        free = min(self._accountant.participations(run_id, name), len(envelope.events) - 1)
+        return Ask(name, event if envelope.allows(free, event) else envelope.events[free], attempt)
 
     def _requests(self, state: Checkpoint, server_round: int, permissions: Permissions) -> dict[str, TrainRequest]:
         current = adapter_hash(state.adapter)

@@ -136,6 +136,29 @@ def test_a_signed_voiding_refusal_gives_the_round_back(federation, trainer):
     assert fed.spent("a").epsilon == pytest.approx(pld(fed, "a", 2), rel=1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "step", "lr-matched"])
+def test_a_round_given_back_does_not_end_a_run_whose_noise_changes(federation, trainer, schedule):
+    """The next round takes the free place of the list; where that asks for more noise than its own, it gets more."""
+    shy = trainer("shy")
+
+    def behave(request):
+        if request.plan.server_round == 2:
+            return shy.refuse(request, RefusalReason.POLICY, voiding=True)
+        return shy.ordinary(request)
+
+    shy.behave = behave
+    settings = {"noise-schedule": schedule, "noise-every": 1, "server-schedule": "linear"}
+    fed = federation([trainer("a"), shy], rounds=5, **settings)
+    fed.loop().run()
+    envelope = fed.terms.client("shy").envelope
+    held = fed.accountant.attested("run", "shy")
+    assert [(one.server_round, one.participation) for one in held] == [(1, 0), (3, 1), (4, 2), (5, 3)]
+    assert all(envelope.allows(one.participation, one.event) for one in held)
+    rounds = (0, 2, 3, 4) if schedule == "lr-matched" else (0, 1, 2, 3)  # its noise rises: each round keeps its own
+    assert [one.event for one in held] == [envelope.events[place] for place in rounds]
+    assert not fed.heard.denials
+
+
 def test_after_a_voided_round_the_client_takes_the_same_place_of_its_envelope_again(federation, trainer):
     shy = trainer("shy")
 
@@ -328,7 +351,8 @@ def test_a_loop_that_was_killed_goes_on_and_never_forgets_what_was_sent(federati
         return replies[key]
 
     one.behave = behave
-    fed = federation([one, trainer("b")])
+    # With a list of unlike events, asking again for the same round must give the same event.
+    fed = federation([one, trainer("b")], **{"noise-schedule": "cosine" if when == "after" else "constant"})
     from server import checkpoint as checkpoints
 
     target, name = {
