@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from common.config import default_delta
+from common.config import RunConfig, default_delta
 from common.errors import InvalidInput
 from common.privacy.checks import Relation
 from common.privacy.schedules import KINDS
+from deploy.memory import arena_bytes_per_record
 from deploy.plan import (
     CalibrationReport,
     FederationReport,
@@ -74,10 +75,13 @@ def plan(
     """Show what a run will cost, by every accountant, before any data is touched."""
     if config is not None:
         federation = plan_from_config(config)
+        rows = arena_bytes_per_record(RunConfig.load(config, {}))
         if as_json:
-            typer.echo(json.dumps(federation.to_json(), ensure_ascii=False))
+            body = federation.to_json() | {"arena_bytes_per_record": rows}
+            typer.echo(json.dumps(body, ensure_ascii=False))
         else:
             print_federation(federation, Console())
+            print_memory(rows, Console())
         return
     if noise_multiplier is None:
         raise InvalidInput("give --noise-multiplier for one organisation, or --config FILE.toml for a federation")
@@ -230,6 +234,15 @@ def print_federation(report: FederationReport, console: Console) -> None:
         )
     console.print(table)
     console.print(f"A person in one organisation only: ε = {_number(report.epsilon)} (the largest).", highlight=False)
+
+
+def print_memory(arena_bytes: int | None, console: Console) -> None:
+    """Print what gradient rows add to the memory of a step."""
+    if arena_bytes is None:
+        text = "Memory of gradient rows: not known here (needs the backbone's folder and the client's libraries)."
+    else:
+        text = f"Memory of gradient rows: {arena_bytes / 2**20:.2f} MiB for each record in a micro-batch."
+    console.print(text, highlight=False)
 
 
 def _number(value: float | None) -> str:
