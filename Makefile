@@ -15,7 +15,7 @@ CONSTRAINT := $(if $(filter cuda,$(TORCH)),,--constraint constraints-cpu.txt)
 OUTPUT := $(if $(output),--output $(output),)
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate test test-slow test-crash test-deployment check format benchmarks protos clean
+.PHONY: help simulate test test-slow test-crash test-faults test-deployment check format benchmarks protos clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -31,6 +31,10 @@ test-slow: $(STAMP)  ## the tests that take longer
 
 test-crash: $(STAMP)  ## kill -9 accountant, coordinator and organisations KILLS times in running federations
 	CLOISTER_KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -u -m pytest tests/crash -m slow -s $(ARGS)
+
+test-faults: $(STAMP)  ## kill -9 of every process of a loopback federation in mid-round, and clients that lie; logs date and commit
+	@date -u +%Y-%m-%dT%H:%M:%SZ; git rev-parse HEAD
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -v -rs --durations=0 $(ARGS)
 
 test-deployment: $(STAMP)  ## as root: images, a coordinator and two organisations as containers, three faults
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/provision/test_compose.py tests/deployment/test_containers.py -v -rs $(ARGS)
