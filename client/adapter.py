@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from client.backbone import seeded
-from client.pooling import average_tokens, mean_pooling_modules
+from client.pooling import LEARNED_QUERY, average_tokens, replaced_modules
 from common.errors import InvalidInput
 from common.messages import Arrays
 
@@ -80,9 +80,9 @@ def attach(
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = choose_targets(model, target_modules, task)
-    constant = mean_pooling_modules(model) if pooling == "mean" else ()
+    constant = replaced_modules(model) if pooling != "first" else ()
     if constant:
-        average_tokens(model)
+        average_tokens(model, attend=pooling == "attention")
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS if task == "classification" else TaskType.CAUSAL_LM,
         r=rank,
@@ -95,7 +95,9 @@ def attach(
     with seeded(public_seed):
         adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
     for name, parameter in adapted.named_parameters():
-        is_constant = any(f".{part}.modules_to_save" in name for part in constant)
+        is_constant = any(f".{part}.modules_to_save" in name for part in constant) and not (
+            pooling == "attention" and name.endswith(LEARNED_QUERY)
+        )
         if is_constant or (aggregation == "ffa" and "lora_A" in name):
             parameter.requires_grad = False
         if parameter.requires_grad:  # sums of clipped gradients and small steps need the full mantissa

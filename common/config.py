@@ -135,8 +135,9 @@ class RunConfig(_Settings):
         default=None,
         description="modules that get an adapter, comma-separated; default: the attention's query and value",
     )
-    pooling: Literal["first", "mean"] = Field(
-        "first", description="what a BERT classifier reads: its first token, or the mean of the token states"
+    pooling: Literal["first", "mean", "attention"] = Field(
+        "first",
+        description="what a BERT classifier reads: its first token, the mean of the token states, or a learned average",
     )
     aggregation: Literal["ffa", "fedavg", "rolora"] = Field(
         "ffa", description="ffa: A frozen at a public seed, B trained; fedavg: A and B trained; rolora: by turns"

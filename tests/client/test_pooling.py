@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from client.adapter import attach, save, set_arrays, trained_arrays
 from client.backbone import load_model, load_tokenizer
-from client.pooling import OUTWEIGHS, POOLER_SCALE, average_tokens, mean_pooling_modules
+from client.engine import clipped_gradient_sum
+from client.pooling import LEARNED_QUERY, OUTWEIGHS, POOLER_SCALE, average_tokens, replaced_modules
 from common.errors import InvalidInput
 
 TEXTS = ["good", "a somewhat longer text about nothing", "x"]
@@ -71,8 +72,49 @@ def test_padding_does_not_count(tiny_bert, bert_tokenizer):
     torch.testing.assert_close(read(model, together)[:1], read(model, alone), rtol=1e-4, atol=1e-4)
 
 
-def test_it_survives_saving_and_stock_peft(tiny_bert, bert_tokenizer, tmp_path, quietly):
-    model = attach(load_model(tiny_bert, task="classification", classes=("x", "y")), **ATTACH)
+@torch.no_grad()
+def test_attention_pooling_begins_as_the_mean_and_weighs_tokens_by_its_query(tiny_bert, bert_tokenizer):
+    model = load_model(tiny_bert, task="classification", classes=("x", "y")).eval()
+    average_tokens(model, attend=True)
+    inputs = batch(bert_tokenizer)
+    mean, first = below(model, inputs)
+    torch.testing.assert_close(read(model, inputs), normed(OUTWEIGHS * mean + first), rtol=1e-3, atol=1e-3)
+    query = torch.linspace(-1, 1, model.config.hidden_size)
+    model.bert.encoder.layer[-1].attention.self.query.bias.copy_(query)
+    states = model.bert(**inputs, output_hidden_states=True).hidden_states[-2]
+    heads = model.config.num_attention_heads
+    scores = (states * query).unflatten(-1, (heads, -1)).sum(-1)
+    shares = scores.masked_fill(inputs["attention_mask"][..., None] == 0, -torch.inf).softmax(1)
+    wanted = (states.unflatten(-1, (heads, -1)) * shares[..., None]).sum(1).flatten(1)
+    assert (wanted - mean).norm() > 0.01 * mean.norm()
+    torch.testing.assert_close(read(model, inputs), normed(OUTWEIGHS * wanted + states[:, 0]), rtol=1e-3, atol=1e-3)
+
+
+def test_attention_pooling_trains_one_query_per_head_with_rows_of_its_own(tiny_bert):
+    model = attach(
+        load_model(tiny_bert, task="classification", classes=("x", "y")).eval(), **ATTACH | {"pooling": "attention"}
+    )
+    name = next(name for name in trained_arrays(model) if LEARNED_QUERY in name)
+    assert [other for other in trained_arrays(model) if "modules_to_save" in other and "classifier" not in other] == [
+        name
+    ]
+    generator = torch.Generator().manual_seed(0)
+    values = trained_arrays(model)
+    set_arrays(model, {n: 0.3 * torch.randn(a.shape, generator=generator).numpy() for n, a in values.items()})
+    ids = torch.randint(5, 90, (3, 7), generator=generator)
+    labels = torch.tensor([0, 1, 1])
+    found = clipped_gradient_sum(model, {"input_ids": ids, "labels": labels}, clipping_norm=1e6)
+    model.zero_grad()
+    for i in range(3):
+        model(input_ids=ids[i : i + 1], labels=labels[i : i + 1]).loss.backward()
+    wanted = dict(model.named_parameters())[name].grad
+    assert wanted.norm() > 1e-6
+    torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_it_survives_saving_and_stock_peft(pooling, tiny_bert, bert_tokenizer, tmp_path, quietly):
+    model = attach(load_model(tiny_bert, task="classification", classes=("x", "y")), **ATTACH | {"pooling": pooling})
     generator = torch.Generator().manual_seed(0)
     values = trained_arrays(model)
     set_arrays(model, {n: 0.3 * torch.randn(a.shape, generator=generator).numpy() for n, a in values.items()})
@@ -87,7 +129,7 @@ def test_it_survives_saving_and_stock_peft(tiny_bert, bert_tokenizer, tmp_path, 
 
 def test_the_constants_are_not_trained(tiny_bert):
     model = attach(load_model(tiny_bert, task="classification", classes=("x", "y")), **ATTACH)
-    block, pooler = mean_pooling_modules(model.base_model.model)
+    block, pooler = replaced_modules(model.base_model.model)
     trained = trained_arrays(model)
     assert trained
     assert not [name for name in trained if pooler in name or f"{block}." in name]
@@ -95,4 +137,4 @@ def test_the_constants_are_not_trained(tiny_bert):
 
 def test_other_models_are_refused(fresh_llama):
     with pytest.raises(InvalidInput, match="use pooling = first"):
-        mean_pooling_modules(fresh_llama)
+        replaced_modules(fresh_llama)
