@@ -54,7 +54,6 @@ class Run:
     def certificate(self, guards: Mapping[str, Guard], final: Arrays, rounds_run: int) -> bytes:
         """The signed certificate: each client signs its own part, the coordinator the whole."""
         return certify(
-            config=self.config,
             terms=self.terms,
             accountant=self.accountant,
             coordinator=self.coordinator,

@@ -18,7 +18,7 @@ from common.statement import not_protected
 from server.terms import RunTerms
 
 METHODS = ("clipping", "server_schedule", "averaging", "weights", "smoothing", "shrinkage")
-"""Settings that a certificate names beside those with a field of their own."""
+"""What a certificate names beside what has a field of its own: from the terms, which nobody can edit after round 1."""
 
 
 class Accounts(Protocol):
@@ -51,7 +51,6 @@ class Circumstances:
 
 def certify(
     *,
-    config: RunConfig,
     terms: RunTerms,
     accountant: Accounts,
     coordinator: SigningKey,
@@ -80,8 +79,8 @@ def certify(
         adapter_hash=adapter_hash(final),
         aggregation=terms.aggregation,
         server_optimizer=terms.server_optimizer,
-        noise_schedule=config.noise_schedule,
-        noise_allocation=config.noise_allocation,
+        noise_schedule=terms.noise_schedule,
+        noise_allocation=terms.noise_allocation,
         rounds_planned=terms.rounds,
         rounds_run=rounds_run,
         simulation=circumstances.simulation,
@@ -93,7 +92,7 @@ def certify(
         not_protected=not_protected(release="immediate", anchored=False, simulation=circumstances.simulation),
         notes=circumstances.notes,
         software=f"cloister {version('cloister')}",
-        methods={name.replace("_", "-"): str(getattr(config, name)) for name in METHODS},
+        methods={name.replace("_", "-"): str(getattr(terms, name)) for name in METHODS},
     )
     return issue(coordinator, certificate)
 

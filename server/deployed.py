@@ -263,7 +263,6 @@ def _certify(
             f"trainers answer again, 'cloister coordinator runs resume {terms.run_id}' asks for it"
         )
     data = certify(
-        config=config,
         terms=terms,
         accountant=accountant,
         coordinator=coordinator,

@@ -79,6 +79,7 @@ class RunTerms:
     clipping_count_noise: float | None = None
     smoothing: float = 0.0
     shrinkage: str = "none"
+    weights: str = "uniform"
     deadline_s: float = field(default=3600.0)
     quorum: int = field(default=1)
 
@@ -199,6 +200,7 @@ def draw_up(
         clipping_count_noise=config.clipping_count_noise,
         smoothing=smoothing_strength(config.smoothing),
         shrinkage=config.shrinkage,
+        weights=config.weights,
         deadline_s=config.round_deadline_s,
         quorum=config.quorum,
     )
