@@ -1,6 +1,7 @@
 """One run on a coordinator, from its folder: wait for its clients, train, certify; or go on where it was left.
 
     HOME/keys/coordinator.key, accountant.key     pinned by the organisations' policies: the same for every run
+    HOME/clients/NAME.N.pub                       if there: the keys that may speak for a name; no other node takes part
     HOME/ledger.sqlite                            the embedded accountant's book, over all runs
     HOME/runs/RUN/run.toml, clients               the settings, and for how many organisations to wait
     HOME/runs/RUN/parties.json                    terms and public facts, fixed when the clients first answered
@@ -227,6 +228,26 @@ def _serve(grid: Grid, folder: RunFolder) -> None:
     folder.say(f"run {terms.run_id}: {done} of {terms.rounds} rounds; adapter and certificate are in {folder.path}")
 
 
+def provisioned_keys(folder: Path) -> dict[str, frozenset[str]] | None:
+    """The public keys that may speak for each organisation, from ``NAME.pub`` or ``NAME.N.pub``; None without a folder.
+
+    Provisioning writes the folder, and striking a file off it keeps that key out of every run that begins later.
+
+    Raises:
+        InvalidInput: a file there is no text.
+    """
+    if not folder.is_dir():
+        return None
+    keys: dict[str, set[str]] = {}
+    for file in sorted(folder.glob("*.pub")):
+        try:
+            key = file.read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"{file}: not a readable public key ({error})") from error
+        keys.setdefault(re.sub(r"\.[0-9]+$", "", file.stem), set()).add(key)
+    return {name: frozenset(found) for name, found in keys.items()}
+
+
 def _parties(folder: RunFolder, config: RunConfig, exchange: Exchange) -> tuple[RunTerms, tuple[Description, ...]]:
     """Terms and clients: drawn up from what the clients say the first time, and never changed afterwards.
 
@@ -239,7 +260,8 @@ def _parties(folder: RunFolder, config: RunConfig, exchange: Exchange) -> tuple[
         descriptions = tuple(Description.from_json(one) for one in body["descriptions"])
         exchange.recall(descriptions)
         return RunTerms.from_json(body["terms"]), descriptions
-    descriptions = tuple(exchange.describe(folder.clients(), CONNECT_TIMEOUT_S))
+    provisioned = provisioned_keys(folder.home / "clients")
+    descriptions = tuple(exchange.describe(folder.clients(), CONNECT_TIMEOUT_S, provisioned=provisioned))
     terms = draw_up(config, descriptions, folder.run_id)
     body = {"terms": terms.to_json(), "descriptions": [one.to_json() for one in descriptions]}
     write_atomically(file, json.dumps(body).encode())

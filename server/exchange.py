@@ -7,9 +7,10 @@ holds one update at a time however many clients there are.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -37,6 +38,8 @@ DESCRIBE = f"{MessageType.QUERY}.describe"
 ASK_AGAIN_S = 60.0
 """How long a node may take to say who it is, and how long it is left alone if it did not."""
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Answer = Reply | Refusal | Status | Failure
 
@@ -61,8 +64,16 @@ class Exchange:
         self._keys: dict[str, str] = {}
         self._asked_at: dict[int, float] = {}
 
-    def describe(self, expected: int, timeout_s: float) -> list[Description]:
+    def describe(
+        self, expected: int, timeout_s: float, *, provisioned: Mapping[str, Collection[str]] | None = None
+    ) -> list[Description]:
         """Ask every node for its public facts until ``expected`` have answered; remembers which node is which client.
+
+        Args:
+            expected: how many clients the run needs.
+            timeout_s: how long to wait for them.
+            provisioned: the public keys that may speak for a name. Without it the first key that a node gives is
+                believed. With it, a node that claims another's name, or an unknown one, is as good as absent.
 
         Raises:
             Unavailable: fewer answered in time, or two nodes claim one name.
@@ -76,18 +87,22 @@ class Exchange:
         descriptions: dict[str, Description] = {}
         ids = list(self._grid.push_messages(messages))
         for node, identity in zip(nodes, ids, strict=True):
-            message = self._wait(identity, deadline)
-            if message is None or message.has_error():
+            description = _read(self._wait(identity, deadline), _parse_description)
+            if not isinstance(description, Description):
                 continue
-            text = str(message.content.config_records["description"]["json"])
-            description = Description.from_json(json.loads(text))
+            if provisioned is not None and description.public_key not in provisioned.get(description.client, ()):
+                log.warning("a node that calls itself %r has no key provisioned for that name", description.client)
+                continue
             if description.client in descriptions:
                 raise Unavailable(f"two nodes say that they are {description.client!r}: stop one of them")
             descriptions[description.client] = description
             self._nodes[description.client] = node
             self._keys[description.client] = description.public_key
         if len(descriptions) < expected:
-            raise Unavailable(f"only {len(descriptions)} of {expected} clients described themselves in time")
+            raise Unavailable(
+                f"only {len(descriptions)} of {expected} clients described themselves in time"
+                + ("" if provisioned is None else ", with a key that was provisioned for their name")
+            )
         return [descriptions[name] for name in sorted(descriptions)]
 
     def recall(self, descriptions: Sequence[Description]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from client.relay import to_arrays, to_record
-from common.errors import Unavailable
+from common.errors import InvalidInput, Unavailable
 from common.messages import (
     Envelope,
     Plan,
@@ -25,6 +25,7 @@ from common.messages import (
 from common.privacy import SampledGaussian
 from deploy.inprocess_grid import InProcessGrid
 from server.accountant import Outcome
+from server.deployed import provisioned_keys
 from server.exchange import Exchange, Failure
 
 EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1)
@@ -227,3 +228,29 @@ def test_the_grid_gives_each_reply_once(federation, trainer):
     assert isinstance(dict(exchange.train({"a": request()}, 5.0))["a"], Reply)
     assert len(fed.trainers["a"].seen) == 1
     assert time.monotonic() - start < 30
+
+
+def test_a_node_without_the_key_provisioned_for_its_name_is_as_good_as_absent(federation, trainer):
+    fed = federation([trainer("a"), trainer("b")])
+    keys = {name: {fed.trainers[name].describe().public_key} for name in ("a", "b")}
+    found = Exchange(InProcessGrid(fed.app, ["a", "b"])).describe(2, 5.0, provisioned=keys)
+    assert [one.client for one in found] == ["a", "b"]
+    swapped = {"a": keys["b"], "b": keys["b"]}
+    exchange = Exchange(InProcessGrid(fed.app, ["a", "b"]))
+    with pytest.raises(Unavailable, match="only 1 of 2 clients described themselves in time, with a key that was prov"):
+        exchange.describe(2, 5.0, provisioned=swapped)
+    assert [one.client for one in exchange.describe(1, 5.0, provisioned=swapped)] == ["b"]
+    with pytest.raises(Unavailable, match="only 0 of 1"):
+        exchange.describe(1, 5.0, provisioned={})
+
+
+def test_keys_are_read_by_name_over_their_generations(tmp_path):
+    assert provisioned_keys(tmp_path / "clients") is None
+    (tmp_path / "clients").mkdir()
+    assert provisioned_keys(tmp_path / "clients") == {}
+    for file, key in (("st.mary.1.pub", "k1"), ("st.mary.2.pub", "k2"), ("clinic.pub", "k3")):
+        (tmp_path / "clients" / file).write_text(key + "\n")
+    assert provisioned_keys(tmp_path / "clients") == {"st.mary": {"k1", "k2"}, "clinic": {"k3"}}
+    (tmp_path / "clients" / "bad.1.pub").write_bytes(b"\xff")
+    with pytest.raises(InvalidInput, match=r"bad\.1\.pub"):
+        provisioned_keys(tmp_path / "clients")
