@@ -21,7 +21,7 @@ from typing import Any
 from common.charge import charge
 from common.errors import InvalidInput, LedgerCorrupt, Refused
 from common.messages import Envelope
-from common.privacy import SampledGaussian
+from common.privacy import EdgeworthAccountant, SampledGaussian
 from common.signing import SigningKey, canonical, digest, verify
 from common.statement import statement_of
 
@@ -256,6 +256,17 @@ def epsilons_of(part: ClientPart, accounted: Sequence[Attested], estimate: Estim
         _finite(whole.epsilon_rdp),
         estimate,
     )
+
+
+def estimate_of(events: Sequence[SampledGaussian], *, relation: str, delta: float) -> Estimate | None:
+    """EW-Tune's estimate, tilted, to stand beside the certified numbers and never in their place.
+
+    None where it says nothing: without events, and under ``replace_one``.
+    """
+    if not events or relation == "replace_one":
+        return None
+    found = EdgeworthAccountant(order=2, tilted=True).compose_all(events).estimate(delta=delta)
+    return Estimate(found.epsilon, found.skewness, found.in_regime)
 
 
 def issue(key: SigningKey, certificate: Certificate) -> bytes:

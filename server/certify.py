@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Protocol
 
-from common.certificate import Attested, Certificate, Epsilons, Estimate, SignedPart, epsilons_of, issue
+from common.certificate import Attested, Certificate, Epsilons, SignedPart, epsilons_of, estimate_of, issue
 from common.config import RunConfig
 from common.errors import InvalidInput
 from common.messages import Arrays, adapter_hash
-from common.privacy import EdgeworthAccountant
 from common.signing import SigningKey, verify
 from common.statement import not_protected
 from server.terms import RunTerms
@@ -122,11 +121,7 @@ def reasons_against(config: RunConfig) -> tuple[str, ...]:
 
 def _epsilons(item: SignedPart, accounted: Sequence[Attested], terms: RunTerms) -> Epsilons:
     events = [one.event for one in accounted if one.event is not None]
-    estimate = None
-    if events and terms.relation != "replace_one":
-        found = EdgeworthAccountant(order=2, tilted=True).compose_all(events).estimate(delta=item.part.delta)
-        estimate = Estimate(found.epsilon, found.skewness, found.in_regime)
-    return epsilons_of(item.part, accounted, estimate)
+    return epsilons_of(item.part, accounted, estimate_of(events, relation=terms.relation, delta=item.part.delta))
 
 
 def missing_parts(terms: RunTerms, parts: Mapping[str, SignedPart]) -> tuple[str, ...]:

@@ -102,14 +102,22 @@ files = {
     "hostile/server.py": SERVER.encode(),
     "hostile/client.py": CLIENT.encode(),
 }
-content, _ = build_fab_from_files(files)
-with FlowerControl(os.environ["CLOISTER_SUPERLINK"], Path(os.environ["CLOISTER_TLS_AUTHORITY"])) as control:
-    fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
-    number = control._client.StartRun(StartRunRequest(fab=fab)).run_id
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        run = control.show(number)
-        if run is not None and run.is_over:
-            break
-        time.sleep(2)
-    print(control.logs(number))
+
+
+def main() -> None:
+    """Push the bundle, wait for its run to end, and print what it brought home."""
+    content, _ = build_fab_from_files(files)
+    with FlowerControl(os.environ["CLOISTER_SUPERLINK"], Path(os.environ["CLOISTER_TLS_AUTHORITY"])) as control:
+        fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
+        number = control._client.StartRun(StartRunRequest(fab=fab)).run_id
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            run = control.show(number)
+            if run is not None and run.is_over:
+                break
+            time.sleep(2)
+        print(control.logs(number))
+
+
+if __name__ == "__main__":
+    main()
