@@ -15,10 +15,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from client.admission import Admission, DatasetSpent, Granted, Lost, Refused, Replay
 from client.checks import Finding, check_adapter, check_agreement, check_policy, coordinator_of
 from client.journal import Journal, Replies, State, Use, as_sent, lock_exclusively
 from client.policy import DatasetPolicy, Policy
@@ -31,50 +31,6 @@ from common.history import Begun, ChargedRun, ClientHistory, ListRequest, Signed
 from common.ledger import Ledger
 from common.messages import Arrays, Plan, Refusal, RefusalReason, Reply, Reservation, TrainRequest
 from common.signing import SigningKey
-
-
-@dataclass(frozen=True)
-class Granted:
-    """The request may be trained: call ``start``, train, call ``finish``."""
-
-    request: TrainRequest
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The request was answered before: this is the same reply, byte for byte."""
-
-    reply: Reply
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Training had begun and its result is gone: spent, and never trained again."""
-
-
-@dataclass(frozen=True)
-class Refused:
-    """No, signed."""
-
-    refusal: Refusal
-
-
-Admission = Granted | Replay | Lost | Refused
-
-
-@dataclass(frozen=True)
-class DatasetSpent:
-    """Σε and Σδ charged to a data set and its group, over all coordinators, beside what the policy allows."""
-
-    epsilon: float
-    delta: float
-    target_epsilon: float
-    target_delta: float
-
-    @property
-    def left(self) -> float:
-        """ε that a further run may take at most."""
-        return max(0.0, self.target_epsilon - self.epsilon)
 
 
 class Guard:

@@ -22,9 +22,10 @@ from typing import Protocol
 
 import numpy as np
 
+from client.admission import Granted, Lost, Refused, Replay
 from client.engine import Adam, Engine, NoiseSource, PrivateSteps, Sgd
 from client.engine.batches import Example
-from client.guard import Granted, Guard, Lost, Refused, Replay
+from client.guard import Guard
 from common.attestation import PartRequest
 from common.certificate import SignedPart
 from common.code import code_digest

@@ -26,9 +26,8 @@ def arena_bytes_per_record(config: RunConfig) -> int | None:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     except ImportError:
         return None
-    from client.adapter import attach
     from client.engine.layout import arena_bytes
-    from deploy.workshop import backbone_folder
+    from deploy.workshop import adapt, backbone_folder
 
     folder = backbone_folder(config.model)
     try:
@@ -41,14 +40,5 @@ def arena_bytes_per_record(config: RunConfig) -> int | None:
     with torch.device("meta"):  # shapes only: nothing is allocated, whatever the backbone's size
         model = kind.from_config(settings, trust_remote_code=False)
         model.requires_grad_(False)
-        model = attach(
-            model,
-            task=config.task,
-            rank=config.rank,
-            lora_alpha=config.lora_alpha,
-            target_modules=config.target_modules,
-            aggregation=config.aggregation,
-            public_seed=config.public_seed,
-            pooling=config.pooling,
-        )
+        model = adapt(model, config)
     return arena_bytes(tuple(p.shape) for p in model.parameters() if p.requires_grad)

@@ -16,14 +16,13 @@ from common.config import RunConfig, default_delta
 from common.errors import InvalidInput
 from common.privacy.checks import Relation
 from common.privacy.schedules import KINDS
+from deploy.calibration import CalibrationReport, calibration_report
 from deploy.memory import arena_bytes_per_record
 from deploy.plan import (
-    CalibrationReport,
     FederationReport,
     NoiseShape,
     PlanReport,
     RoundPlan,
-    calibration_report,
     plan_report,
 )
 from deploy.plan_config import plan_from_config

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from client.guard import DatasetSpent
+from client.admission import DatasetSpent
 from client.journal import Journal
 from client.policy import Policy, default_delta
 from common.errors import InvalidInput

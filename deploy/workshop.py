@@ -51,6 +51,20 @@ def choose_device(asked: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def adapt(model: Any, config: RunConfig) -> Any:
+    """``model`` with the fresh adapter that ``config`` describes: where settings become arguments, once."""
+    return attach(
+        model,
+        task=config.task,
+        rank=config.rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.target_modules,
+        aggregation=config.aggregation,
+        public_seed=config.public_seed,
+        pooling=config.pooling,
+    )
+
+
 def set_threads(threads: int | None) -> None:
     """Torch threads of this process; all cores if not asked otherwise."""
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -70,16 +84,7 @@ def open_workshop(config: RunConfig, classes: Sequence[str], *, test: bool = Tru
         folder, task=config.task, classes=classes, public_seed=config.public_seed, precision=precision
     ).to(device)
     max_length = min(config.max_length or DEFAULT_LENGTH, context_length(base))
-    model = attach(
-        base,
-        task=config.task,
-        rank=config.rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=config.target_modules,
-        aggregation=config.aggregation,
-        public_seed=config.public_seed,
-        pooling=config.pooling,
-    )
+    model = adapt(base, config)
     engine = make_engine(
         model,
         task=config.task,

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client.guard import Granted, Guard
+from client.admission import Granted
+from client.guard import Guard
 from client.policy import DatasetPolicy, Policy
 from common.accounts import Reconciled
 from common.errors import InvalidInput, Refused

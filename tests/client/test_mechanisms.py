@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
+from client.admission import Granted
 from client.engine import Example
 from client.engine.mechanism import rule_maker
-from client.guard import Granted
 from common.config import RunConfig
 from common.mechanism import Mechanism, active_tensors
 from common.messages import Envelope, Reply

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from client.guard import Granted, Guard, Lost, Replay
+from client.admission import Granted, Lost, Replay
+from client.guard import Guard
 from client.policy import DatasetPolicy, Policy
 from client.trainer_service import RemoteTrainer
 from client.trainer_service import serve as serve_trainer

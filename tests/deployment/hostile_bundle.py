@@ -66,7 +66,7 @@ def files():
 def others():
     for process in filter(str.isdigit, os.listdir("/proc")):
         for path in ("data/records.jsonl", "state/ledger.sqlite", "etc/cloister/client.key"):
-            if os.path.exists(f"/proc/{process}/root/{path}"):
+            if os.path.exists(os.path.join("/proc", process, "root", path)):
                 yield f"{process}/{path}"
 
 def written():

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
-from client.guard import Granted, Guard, Replay
+from client.admission import Granted, Replay
+from client.guard import Guard
 from client.policy import DatasetPolicy, Policy
 from client.relay import build_relay
 from common.certificate import verify_certificate

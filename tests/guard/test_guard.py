@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.guard import Granted, Guard, Lost, Refused, Replay
+from client.admission import Granted, Lost, Refused, Replay
+from client.guard import Guard
 from client.journal import Replies, State, Use
 from client.policy import DatasetPolicy
 from common import errors

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client.guard import Granted, Refused
+from client.admission import Granted, Refused
 from common.errors import InvalidInput
 from common.messages import Envelope, RefusalReason, adapter_hash
 from common.privacy import SampledGaussian

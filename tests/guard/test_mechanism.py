@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from client.guard import Granted, Refused
+from client.admission import Granted, Refused
 from common.mechanism import Mechanism
 from common.messages import Envelope, RefusalReason
 from common.privacy import SampledGaussian

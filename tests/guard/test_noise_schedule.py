@@ -2,7 +2,7 @@
 
 import pytest
 
-from client.guard import Granted, Refused
+from client.admission import Granted, Refused
 from common.charge import charge
 from common.messages import Envelope, RefusalReason
 from common.privacy import SampledGaussian

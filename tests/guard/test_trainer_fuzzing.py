@@ -10,7 +10,8 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client.guard import Granted, Guard, Lost, Replay
+from client.admission import Granted, Lost, Replay
+from client.guard import Guard
 from client.policy import DatasetPolicy, Policy
 from client.trainer_service import SERVICE, serve
 from common.messages import Description, Status, StatusCode

@@ -4,7 +4,7 @@ import grpc
 import numpy as np
 import pytest
 
-from client.guard import Granted, Lost, Replay
+from client.admission import Granted, Lost, Replay
 from client.trainer_service import SERVICE, RemoteTrainer, serve
 from common.errors import InvalidInput, Unavailable
 from common.messages import Description, Refusal, RefusalReason, Reply, Status, StatusCode

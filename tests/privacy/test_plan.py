@@ -6,12 +6,12 @@ from typer.testing import CliRunner
 
 from common.errors import InvalidInput
 from common.privacy import PLDAccountant, SampledGaussian
+from deploy.calibration import calibration_report
 from deploy.plan import (
     ClientPlan,
     NoiseShape,
     RoundPlan,
     accountant_rows,
-    calibration_report,
     federation_report,
     plan_report,
 )

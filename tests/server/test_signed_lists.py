@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client.guard import Granted, Guard, Lost, Replay
+from client.admission import Granted, Lost, Replay
+from client.guard import Guard
 from client.policy import DatasetPolicy, Policy
 from common.accounts import Reconciled
 from common.errors import InvalidInput, Refused, Unavailable
