@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from client.trainer import Trainer
-from common.messages import Refusal, Status, StatusCode
+from common.messages import Refusal, RefusalReason, Status, StatusCode
+from common.recipe import recipe_hash
 
 SHAPES = {"a.lora_B": (4, 2), "b.lora_B": (3, 2)}
 
@@ -26,6 +27,9 @@ class Records(Sequence):
     def __len__(self):
         self.reads += 1
         return 1000
+
+
+RECIPE = {"rank": "8"}
 
 
 class Untouched:
@@ -48,7 +52,7 @@ def trainer(guard, records):
         dataset="notes",
         examples=records,
         declared_records=1000,
-        workbench=SimpleNamespace(engine=Untouched(), backbone_hash="b" * 64, initial=initial),
+        workbench=SimpleNamespace(engine=Untouched(), backbone_hash="b" * 64, initial=initial, recipe=RECIPE),
         guard=guard,
         public_key=guard.public_key,
     )
@@ -56,9 +60,18 @@ def trainer(guard, records):
 
 def test_a_signed_lie_reads_no_record(parties, trainer, records, lie):
     changes, reason = lie
-    answer = trainer.train(parties.request(**changes))
+    answer = trainer.train(parties.request(**{"recipe_hash": recipe_hash(RECIPE)} | changes))
     assert isinstance(answer, Refusal)
     assert answer.reason is reason
+    assert records.reads == 0
+
+
+@pytest.mark.parametrize("named", ["", recipe_hash({"rank": "4"})])
+def test_a_plan_for_another_recipe_is_given_back_and_reads_no_record(parties, trainer, records, named):
+    answer = trainer.train(parties.request(recipe_hash=named))
+    assert isinstance(answer, Refusal)
+    assert answer.reason is RefusalReason.RECIPE
+    assert answer.voiding
     assert records.reads == 0
 
 

@@ -4,21 +4,21 @@ import sys
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client.admission import Granted, Lost, Replay
 from client.guard import Guard
 from client.policy import DatasetPolicy, Policy
 from client.trainer_service import SERVICE, serve
-from common.messages import Description, Status, StatusCode
+from common.messages import Description
 from common.signing import SigningKey
 from common.wire import trainer_pb2
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "wire"))
+sys.path.insert(0, str(Path(__file__).parent))
+from guarded_trainer import GuardedTrainer
 from made_up import messages
 
 SHAPES = {"a": (2, 2)}
@@ -28,31 +28,6 @@ CALLS = {
 }
 """Every call of the service, those that are added later too: its question and its answer."""
 EXPECTED = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
-
-
-class Counting:
-    """The order of calls around a real guard; it counts how often records would have been looked at."""
-
-    def __init__(self, guard):
-        self.guard, self.reads = guard, 0
-
-    def describe(self):
-        return Description("a", "notes", self.guard.public_key, 1000, "b" * 64, SHAPES, ("a",), "h" * 64)
-
-    def signed_list(self, request):
-        return self.guard.signed_list(request)
-
-    def train(self, request):
-        admission = self.guard.admit(request, shapes=SHAPES)
-        if isinstance(admission, Replay):
-            return admission.reply
-        if isinstance(admission, Lost):
-            return Status(StatusCode.LOST)
-        if not isinstance(admission, Granted):
-            return admission.refusal
-        self.guard.start(request)
-        self.reads += 1
-        return self.guard.finish(request, {"a": np.zeros((2, 2), np.float32)})
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +44,8 @@ def service(tmp_path_factory):
         accountant_keys=(SigningKey.generate().public_key,),
     )
     guard = Guard(policy, folder / "own.sqlite", key=SigningKey.generate())
-    trainer = Counting(guard)
+    description = Description("a", "notes", guard.public_key, 1000, "b" * 64, SHAPES, ("a",), "h" * 64)
+    trainer = GuardedTrainer(guard, description)
     server = serve(trainer, f"unix:{folder}/t.sock")
     with grpc.insecure_channel(f"unix:{folder}/t.sock") as channel:
         yield trainer, channel

@@ -1,48 +1,28 @@
 """The trainer behind its service, and the count of reads: no lie reaches a record."""
 
+import sys
+from pathlib import Path
+
 import grpc
 import numpy as np
 import pytest
 
-from client.admission import Granted, Lost, Replay
 from client.trainer_service import SERVICE, RemoteTrainer, serve
 from common.errors import InvalidInput, Unavailable
 from common.messages import Description, Refusal, RefusalReason, Reply, Status, StatusCode
 from common.wire import trainer as translate
 from common.wire import trainer_pb2
 
+sys.path.insert(0, str(Path(__file__).parent))
+from guarded_trainer import GuardedTrainer
+
 SHAPES = {"a.lora_B": (4, 2), "b.lora_B": (3, 2)}
 DESCRIPTION = Description("clinic-a", "notes", "key", 1000, "b" * 64, SHAPES, tuple(SHAPES), "h" * 64)
 
 
-class GuardedTrainer:
-    """The order of calls around the guard, over two numbers that count how often they are looked at."""
-
-    def __init__(self, guard):
-        self.guard, self.reads = guard, 0
-
-    def describe(self):
-        return DESCRIPTION
-
-    def signed_list(self, request):
-        return self.guard.signed_list(request)
-
-    def train(self, request):
-        admission = self.guard.admit(request, shapes=SHAPES)
-        if isinstance(admission, Replay):
-            return admission.reply
-        if isinstance(admission, Lost):
-            return Status(StatusCode.LOST)
-        if not isinstance(admission, Granted):
-            return admission.refusal
-        self.guard.start(request)
-        self.reads += 1
-        return self.guard.finish(request, {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()})
-
-
 @pytest.fixture
 def trainer(guard):
-    return GuardedTrainer(guard)
+    return GuardedTrainer(guard, DESCRIPTION)
 
 
 @pytest.fixture
@@ -109,7 +89,7 @@ def test_a_fault_inside_says_nothing_about_itself(parties, trainer, remote, tmp_
         def train(self, request):
             raise RuntimeError("record 17 says: secret")
 
-    server = serve(Broken(trainer.guard), f"unix:{tmp_path}/broken.sock")
+    server = serve(Broken(trainer.guard, DESCRIPTION), f"unix:{tmp_path}/broken.sock")
     broken = RemoteTrainer(f"unix:{tmp_path}/broken.sock", timeout_s=20)
     assert broken.train(parties.request()) == Status(StatusCode.UNAVAILABLE)
     broken.close()
