@@ -38,12 +38,14 @@ class Batch:
         input_ids: [b, T]; attention_mask: [b, T] of 0 and 1, or None when none is needed.
         labels: [b, T] with -100, or class ids [b].
         seeds: [b] 64-bit integers that each record's dropout masks follow from; None switches dropout off.
+        states: [b, T, width] what enters the first trained block, where it is kept (``client/engine/frozen.py``).
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     labels: Tensor
     seeds: Tensor | None = None
+    states: Tensor | None = None
 
     @property
     def size(self) -> int:

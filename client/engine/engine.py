@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from client.engine.batches import Batch, Bounds, Example, Fit, collate, micro_batches
 from client.engine.clipping import Rule, as_rule
 from client.engine.dropout import record_seeds
+from client.engine.frozen import FrozenBlocks, FrozenStates
 from client.engine.fused import FusedRows
 from client.engine.layout import Arena, Layout
 from client.engine.losses import Loss, causal_lm_loss, check_chunk, classification_loss
 from client.engine.opacus_rows import OpacusRows
 from client.engine.stock import looks_ahead
+from client.engine.stock import precision as in_precision
 from common.errors import InvalidInput
 
 TASKS = ("causal-lm", "classification")
@@ -51,6 +53,7 @@ class RowSource(Protocol):
     arena: Arena
     autocast: torch.dtype | None
     trains_head: bool
+    frozen: FrozenBlocks | None
 
     def rows(self, batch: Batch, loss: Loss) -> Tensor:
         """Per-example gradients [b, stride]; valid until the next call."""
@@ -167,11 +170,56 @@ class Engine:
         return total[: self.num_parameters].to(torch.float32)
 
     def batch(self, group: Sequence[Example]) -> Batch:
-        """Pad usable examples to one micro-batch on the model's device, with dropout seeds where dropout is on."""
+        """Pad usable examples to one micro-batch on the model's device, with dropout seeds where dropout is on.
+
+        With ``keep_frozen``, and where the states of all of them are kept, they are part of it.
+        """
         batch = collate(group, pad_token_id=self.pad_token_id, device=self.layout.device)
+        if self.source.frozen is not None:
+            batch = replace(batch, states=self.source.frozen.recall(group, self.layout.device))
         if self._dropout_secret is None:
             return batch
         return replace(batch, seeds=record_seeds(self._dropout_secret, group, self.layout.device))
+
+    def keep_frozen(self, states: FrozenStates, *identity: str) -> None:
+        """From now on keep what the frozen layers below the first trained one give; see ``client/engine/frozen.py``.
+
+        Args:
+            states: where, for this process.
+            identity: what makes the frozen layers what they are: the backbone's hash, and how it was changed.
+
+        Raises:
+            InvalidInput: there is nothing to keep in this model, or dropout or Opacus is on.
+        """
+        if not isinstance(self.source, FusedRows) or self._dropout_secret is not None:
+            raise InvalidInput("cache-frozen-layers needs the fused engine without dropout")
+        kind = f"{self.layout.device.type} {self.source.autocast}"
+        self.source.frozen = FrozenBlocks(
+            self.source.model, lambda depth: states.of(*identity, kind, f"below block {depth}")
+        )
+
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Compute what is to be kept of ``examples`` and is not yet; nothing without ``keep_frozen``.
+
+        A record for which it fails is computed in full whenever it is drawn.
+        """
+        frozen = self.source.frozen
+        if frozen is None:
+            return
+        lacking = frozen.missing([example for example in examples if self.fit.usable(example)])
+        for group in micro_batches(lacking, self.bounds):
+            try:
+                self.remember(group)
+            except Exception as error:
+                log.warning("no more states of frozen layers are kept (%s)", type(error).__name__)
+                return
+
+    def remember(self, group: Sequence[Example]) -> None:
+        """Compute and keep the states of usable examples, all at once; what fails is raised."""
+        batch = collate(group, pad_token_id=self.pad_token_id, device=self.layout.device)
+        if self.source.frozen is not None:
+            with in_precision(self.layout, self.source.autocast):
+                self.source.frozen.remember(group, batch)
 
     def release_memory(self) -> None:
         """Give the arena back; the next step allocates it again."""

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from client.engine.batches import Batch
 from client.engine.discovery import find_sites, refuse_coupling
+from client.engine.frozen import FrozenBlocks
 from client.engine.layout import Arena, Layout
 from client.engine.losses import Loss
 from client.engine.sites import Frame
-from client.engine.stock import evaluating, precision, stock_gradient, without_gradients
+from client.engine.stock import evaluating, precision, put_back, stock_gradient, without_gradients
 from common.errors import InvalidInput
 
 
@@ -46,6 +47,7 @@ class FusedRows:
             for name, module in model.named_modules()
             if isinstance(module, nn.Dropout) and module.p > 0.0 and "lora_dropout" not in name.split(".")
         ]
+        self.frozen: FrozenBlocks | None = None
         self.trains_head = any(id(site.module) in inside for site in self.sites)
 
     def arena_vector(self) -> Tensor:
@@ -73,7 +75,7 @@ class FusedRows:
     def _run(self, batch: Batch, loss: Loss, total: Tensor | None) -> None:
         frame = self.frame
         frame.batch_size, frame.length, frame.total, frame.seeds = batch.size, batch.length, total, batch.seeds
-        with self._installed():
+        with self._installed(batch.states):
             with precision(self.layout, self.autocast):
                 value = loss(self.model, batch)
             if value.requires_grad:
@@ -85,7 +87,7 @@ class FusedRows:
             )
 
     @contextmanager
-    def _installed(self) -> Iterator[None]:
+    def _installed(self, states: Tensor | None) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(without_gradients(self.layout))
@@ -93,19 +95,14 @@ class FusedRows:
                 hook = self.model.get_input_embeddings().register_forward_hook(_require_gradient)
                 stack.callback(hook.remove)
             for site in self.sites:
-                stack.callback(_restore, site.module, site.module.__dict__.get("forward"))
+                stack.callback(put_back, site.module, site.module.__dict__.get("forward"))
                 site.module.forward = site.forward
             for name, module in self.dropouts if self.frame.seeds is not None else ():
-                stack.callback(_restore, module, module.__dict__.get("forward"))
+                stack.callback(put_back, module, module.__dict__.get("forward"))
                 module.forward = partial(self.frame.drop, name, module.p)
+            if states is not None and self.frozen is not None:
+                stack.enter_context(self.frozen.skipped(states))
             yield
-
-
-def _restore(module: nn.Module, original: object | None) -> None:
-    if original is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.__dict__["forward"] = original
 
 
 def _reentrant(model: nn.Module) -> bool:

@@ -31,6 +31,7 @@ class OpacusRows:
     """
 
     trains_head = False
+    frozen = None
 
     def __init__(self, model: nn.Module, *, autocast: object | None = None) -> None:
         refuse_coupling(model)

@@ -27,7 +27,7 @@ def self_test(engine: Engine, *, seed: int = 0) -> None:
 
     Checks, in this order: one example of maximum length fits; two runs agree (no dropout outside the engine); the rows
     add up to what the stock model's own backward pass gives; every owned layer's A and B move (B perturbed, since at
-    B = 0 only B can move); a row does not change when its neighbours do.
+    B = 0 only B can move); a row does not change when its neighbours do, nor when its frozen layers are kept.
 
     Raises:
         InvalidInput: names the module and the way out.
@@ -44,6 +44,7 @@ def self_test(engine: Engine, *, seed: int = 0) -> None:
         _check_sum(engine, _made_up(engine, seed, min(16, engine.fit.max_length)))
         _check_sites(engine, rows)
         _check_neighbours(engine, examples, rows, longest[0])
+        _check_frozen(engine, examples, rows)
 
 
 def _made_up(engine: Engine, seed: int, top: int) -> list[Example]:
@@ -124,6 +125,23 @@ def _check_neighbours(engine: Engine, examples: list[Example], rows: Tensor, alo
                 f"a record's gradient changes with its neighbours in the batch (relative {moved:.2g}): some layer lets "
                 "records touch each other (batch statistics, expert capacity, dynamic scales); use another backbone"
             )
+
+
+def _check_frozen(engine: Engine, examples: list[Example], rows: Tensor) -> None:
+    frozen = engine.source.frozen
+    if frozen is None:
+        return
+    engine.remember(examples)
+    try:
+        kept = _rows(engine, examples, "three examples from kept states")
+    finally:
+        frozen.forget(examples)
+    wrong = _differ(kept, rows)
+    if not wrong <= _tolerance(engine):
+        raise InvalidInput(
+            f"cache-frozen-layers: gradients from kept states are not those of the whole model (relative difference "
+            f"{wrong:.2g}): its layers are not a plain chain; leave the option out"
+        )
 
 
 @contextmanager

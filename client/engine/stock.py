@@ -60,6 +60,14 @@ def without_gradients(layout: Layout) -> Iterator[None]:
             parameter.grad = kept[name]
 
 
+def put_back(module: nn.Module, original: object | None) -> None:
+    """Give ``module`` the forward it had: ``original`` of its own, or its class's."""
+    if original is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = original
+
+
 def looks_ahead(model: nn.Module) -> bool:
     """Whether a position's logits depend on later tokens, tried on made-up tokens: true for a plain encoder.
 
