@@ -13,6 +13,7 @@ import socket
 import socketserver
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,12 @@ log = logging.getLogger(__name__)
 
 LARGEST_ANSWER = 1 << 20
 
+REMEMBERED = 50
+"""Refusals that are told one by one; all of them are counted. Anybody who reaches the relay can cause one."""
+
+LONGEST_NAME = 64
+"""Characters of a run's name that are kept of a request nobody has signed."""
+
 
 class Progress:
     """What the trainer is doing; written by its thread, read by the socket's."""
@@ -37,6 +44,8 @@ class Progress:
         self._clock, self._lock = clock, threading.Lock()
         self._current: dict[str, Any] | None = None
         self._finished = 0
+        self._answers: Counter[str] = Counter()
+        self._refusals: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
     def __call__(self, client: str, step: int, steps: int) -> None:
         """A step of the running round is done (``client.trainer.StepListener``)."""
@@ -61,6 +70,20 @@ class Progress:
         with self._lock:
             self._current, self._finished = None, self._finished + 1
 
+    def tell(self, request: TrainRequest, outcome: str, reason: str = "") -> None:
+        """Count one answer: ``reply``, ``refused`` or the word of a status; refusals are kept with their reason."""
+        with self._lock:
+            self._answers[outcome] += 1
+            if outcome == "refused":
+                run_id = str(request.plan.run_id)[:LONGEST_NAME]
+                server_round = request.plan.server_round
+                self._refusals.append(
+                    {
+                        "time": self._clock(), "run_id": run_id, "reason": reason,
+                        "round": server_round if type(server_round) is int else None,
+                    }
+                )  # fmt: skip
+
     @property
     def is_training(self) -> bool:
         """Whether a request is being worked on."""
@@ -71,7 +94,10 @@ class Progress:
         """A JSON object."""
         with self._lock:
             state = "idle" if self._current is None else "working"
-            return {"state": state, "request": self._current and dict(self._current), "answered": self._finished}
+            return {
+                "state": state, "request": self._current and dict(self._current), "answered": self._finished,
+                "answers": dict(self._answers), "refusals": list(self._refusals),
+            }  # fmt: skip
 
 
 class WatchedTrainer:
@@ -95,11 +121,26 @@ class WatchedTrainer:
     def train(self, request: TrainRequest) -> Reply | Refusal | Status:
         """One round."""
         is_ours = self._progress.begin(request)
+        where = {"run": str(request.plan.run_id)[:LONGEST_NAME], "round": request.plan.server_round}
+        log.info("a request has come", extra=where)
         try:
-            return self._trainer.train(request)
+            answer = self._trainer.train(request)
+            outcome, reason = _told(answer)
+            self._progress.tell(request, outcome, reason)
+            log.info("answered: %s", reason or outcome, extra=where | {"outcome": outcome, "reason": reason or None})
+            return answer
         finally:
             if is_ours:
                 self._progress.end()
+
+
+def _told(answer: Reply | Refusal | Status) -> tuple[str, str]:
+    """What left, in a word of a fixed list, and the reason of a refusal."""
+    if isinstance(answer, Reply):
+        return "reply", ""
+    if isinstance(answer, Refusal):
+        return "refused", str(answer.reason)
+    return str(answer.code), ""
 
 
 def status_of(guard: Guard, dataset: str, progress: Progress) -> dict[str, Any]:

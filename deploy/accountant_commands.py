@@ -14,6 +14,7 @@ from common.errors import InvalidInput
 from common.ledger import Ledger
 from common.signing import SigningKey, fingerprint
 from deploy.ledger_commands import read_anchor
+from deploy.logs import LogFormat, announcer, begin
 from server.accountant import EmbeddedAccountant
 from server.accountant_service import Tls, serve
 from server.revocation import RevocationList
@@ -49,8 +50,11 @@ def _serve(
         Path | None,
         typer.Option("--anchor-file", help="file outside this machine, made and kept up to date, with the last head"),
     ] = None,
+    log_format: LogFormat = "text",
 ) -> None:
     """Verify the ledger, then answer until SIGTERM; a ledger older than its anchor is not served."""
+    begin(log_format)
+    say = announcer(log_format)
     tls = tls_files(tls_certificate, tls_key, tls_authority, insecure=insecure)
     revocations = None if revoked is None else RevocationList(revoked)
     head = None if anchor is None else read_anchor(anchor)
@@ -63,8 +67,8 @@ def _serve(
         stopped = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopped.set())
-        typer.echo(f"accountant {fingerprint(accountant.public_key)} listens on {listening}")
-        typer.echo(f"public key {accountant.public_key}")
+        say(f"accountant {fingerprint(accountant.public_key)} listens on {listening}")
+        say(f"public key {accountant.public_key}")
         stopped.wait()
         server.stop(GRACE_S).wait()
 

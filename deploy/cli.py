@@ -8,6 +8,7 @@ cannot be reached · 130 interrupted.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from deploy.adapter_commands import adapter_app
 from deploy.backbone_commands import backbone_app
 from deploy.coordinator_commands import coordinator_app
 from deploy.ledger_commands import certificate_app, ledger_app
+from deploy.logs import LogFormat, begin, report
 from deploy.options import with_run_options
 from deploy.plan_commands import calibrate, plan
 from deploy.policy_commands import policy_app, register_budget
@@ -55,10 +57,21 @@ class _State:
     debug = False
 
 
-def _simulate(config: RunConfig, as_json: Json = False) -> None:
+def _simulate(config: RunConfig, as_json: Json = False, log_format: LogFormat = "text") -> None:
     """Train an adapter across the silos of this machine; without options, the embedded demo."""
+    begin(log_format, holds_records=True, level=logging.INFO if log_format == "json" else logging.WARNING)
     from deploy.simulate import Watcher, quiet_warnings, simulate
 
+    if log_format == "json":
+        from deploy.log_watcher import LogWatcher
+
+        watcher = LogWatcher()
+        with quiet_warnings():
+            result = simulate(config, watcher)
+        watcher.finished(result)
+        if as_json:
+            _print_json(_summary(result))
+        return
     if as_json:
         with quiet_warnings():
             result = simulate(config, Watcher())
@@ -180,6 +193,8 @@ def main() -> None:
 def _fail(error: CloisterError) -> None:
     if _State.debug:
         raise error
+    if report(error):
+        sys.exit(error.exit_code)
     Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
     sys.exit(error.exit_code)
 

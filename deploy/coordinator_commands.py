@@ -12,10 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from common.errors import InvalidInput, Unavailable
+from common.logs import VARIABLE
 from common.signing import SigningKey, fingerprint
 from deploy.coordinator_runs import every_run, find, prepare, start, stop, summary
 from deploy.doctor import is_free
 from deploy.flower_control import FlowerControl
+from deploy.logs import LogFormat, announcer, begin, child_listener
 from deploy.processes import Service, Supervisor, program
 from server.accountant_service import is_local
 from server.app import HOME_VARIABLE
@@ -50,12 +52,15 @@ def _serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="plain HTTP, unknown nodes: loopback and tests only")
     ] = False,
+    log_format: LogFormat = "text",
 ) -> None:
     """Run Flower's SuperLink and SuperExec and keep them running; ends cleanly on SIGTERM.
 
     With TLS only registered nodes are admitted ('cloister provision'). The same port serves an interface that starts
     code on every client and knows no passwords: let nobody but the proxy reach it.
     """
+    begin(log_format)
+    say = announcer(log_format)
     tls = _tls(tls_certificate, tls_key, tls_authority, insecure=insecure)
     if insecure and not is_local(f"{host}:{port}"):
         raise InvalidInput(f"--insecure on {host}: plain HTTP is for loopback only; give certificates")
@@ -64,16 +69,16 @@ def _serve(
     home = make_home(folder)
     for name in ("coordinator", "accountant"):
         key = SigningKey.load_or_create(home / "keys" / f"{name}.key")
-        typer.echo(f"{name} {fingerprint(key.public_key)} public key {key.public_key}")
+        say(f"{name} {fingerprint(key.public_key)} public key {key.public_key}")
     secret = _secret(home)
-    environment = {HOME_VARIABLE: str(home), "FLWR_HOME": str(home / "flower")}
+    environment = {HOME_VARIABLE: str(home), "FLWR_HOME": str(home / "flower"), VARIABLE: log_format}
     where = f"{host}:{port}"
     services = [
         Service("superlink", superlink_command(home, host, port, tls, secret), environment),
         Service("superexec", superexec_command(where, tls, secret), environment),
     ]
-    typer.echo(f"coordinator listens on {where}; its folder is {home}")
-    Supervisor(services, lambda text: typer.echo(text)).run()
+    say(f"coordinator listens on {where}; its folder is {home}")
+    Supervisor(services, say, child_listener(log_format)).run()
 
 
 @coordinator_app.command("submit")

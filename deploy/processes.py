@@ -71,10 +71,16 @@ class Supervisor:
     Args:
         services: started in this order, stopped in the reverse one.
         say: gets one line whenever something is started or has ended.
+        hear: gets (service, line) for every line that a service prints; None: they print where this process prints.
     """
 
-    def __init__(self, services: Sequence[Service], say: Callable[[str], None] = lambda text: None) -> None:
-        self._services, self._say = tuple(services), say
+    def __init__(
+        self,
+        services: Sequence[Service],
+        say: Callable[[str], None] = lambda text: None,
+        hear: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self._services, self._say, self._hear = tuple(services), say, hear
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._started: dict[str, float] = {}
         self._pause: dict[str, float] = {}
@@ -95,9 +101,13 @@ class Supervisor:
 
     def _start(self, service: Service) -> None:
         environment = {**os.environ, "PATH": search_path(), **QUIET, **service.environment}
+        into = None if self._hear is None else subprocess.PIPE
         process = subprocess.Popen(  # noqa: S603
-            list(service.argv), env=environment, start_new_session=True, preexec_fn=_die_with_parent
-        )
+            list(service.argv), env=environment, start_new_session=True, preexec_fn=_die_with_parent, stdout=into,
+            stderr=None if into is None else subprocess.STDOUT,
+        )  # fmt: skip
+        if self._hear is not None:
+            threading.Thread(target=_listen, args=(process, service.name, self._hear), daemon=True).start()
         self._running[service.name], self._started[service.name] = process, time.monotonic()
         self._say(f"{service.name} started (process {process.pid})")
 
@@ -124,6 +134,13 @@ class Supervisor:
                 _kill_group(process)
         for process in self._running.values():
             process.wait()
+
+
+def _listen(process: subprocess.Popen[bytes], name: str, hear: Callable[[str, str], None]) -> None:
+    """Every line until the process and those it started have closed their output; a full pipe would stop them."""
+    if process.stdout is not None:
+        for line in process.stdout:
+            hear(name, line.decode("utf-8", errors="replace"))
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -14,7 +14,9 @@ import typer
 from client.progress import ask_status
 from client.settings import FILE, TrainerSettings
 from common.errors import InvalidInput
+from common.logs import VARIABLE
 from deploy.doctor import Finding, Questions, examine, free_port, is_free, worst
+from deploy.logs import LogFormat, announcer, begin, child_listener
 from deploy.processes import Service, Supervisor, program
 
 PolicyOption = Annotated[Path, typer.Option("--policy", help="the organisation's policy (TOML)")]
@@ -35,18 +37,19 @@ def register(app: typer.Typer) -> None:
     app.command("status")(status)
 
 
-def trainer(policy: PolicyOption, settings: SettingsOption = None) -> None:
+def trainer(policy: PolicyOption, settings: SettingsOption = None, log_format: LogFormat = "text") -> None:
     """Serve this organisation's records to training, and to nothing else; ends cleanly on SIGTERM.
 
     The settings file names data, columns, backbone, device and sockets; docs/operations.md shows one.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    begin(log_format, holds_records=True)
     found = TrainerSettings.load(settings or policy.with_name(FILE))
     from deploy.simulate import quiet_warnings
     from deploy.trainer_process import run_trainer
 
     with quiet_warnings():
-        run_trainer(policy, found, lambda text: typer.echo(text))
+        run_trainer(policy, found, announcer(log_format))
 
 
 def join(
@@ -59,14 +62,21 @@ def join(
     port: Annotated[
         int | None, typer.Option("--port", help="SuperNode's own port on loopback; default: a free one")
     ] = None,
+    log_format: LogFormat = "text",
 ) -> None:
     """Connect this organisation to a coordinator: starts Flower's SuperNode and keeps it running.
 
     It holds no data and no key but its own; what it passes on was signed and noised before. Needs no inbound port.
     """
+    begin(log_format)
+    say = announcer(log_format)
     questions = Questions(kit=kit, coordinator=_address(coordinator, kit), is_insecure=insecure)
     findings = list(examine(questions))
-    _print(findings)
+    if log_format == "json":
+        for found in findings:
+            say(f"{found.mark} {found.check}: {found.text}")
+    else:
+        _print(findings)
     if code := worst(findings):
         raise typer.Exit(code)
     own_port = port or free_port()
@@ -74,7 +84,8 @@ def join(
         raise InvalidInput(f"--port {own_port}: somebody listens there already; choose another, or leave it out")
     with tempfile.TemporaryDirectory(prefix="cloister-node-") as home:
         command = supernode_command(str(questions.coordinator), _absolute(trainer), own_port, None if insecure else kit)
-        Supervisor([Service("supernode", command, {"FLWR_HOME": home})], lambda text: typer.echo(text)).run()
+        services = [Service("supernode", command, {"FLWR_HOME": home, VARIABLE: log_format})]
+        Supervisor(services, say, child_listener(log_format)).run()
 
 
 def doctor(

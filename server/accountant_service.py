@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +23,15 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from common.accounts import Answer
 from common.errors import CloisterError, InvalidInput, Unavailable
 from common.ledger import Entry
 from common.wire import accountant as translate
 from common.wire import accountant_pb2, accountant_pb2_grpc, faults
 from server.accountant import EmbeddedAccountant
 from server.revocation import RevocationList
+
+log = logging.getLogger(__name__)
 
 SERVICE = "cloister.v1.Accountant"
 LARGEST_MESSAGE = 32 * 2**20
@@ -68,12 +72,15 @@ class AccountantServicer(accountant_pb2_grpc.AccountantServicer):  # type: ignor
         with self._answering(context, COORDINATOR):
             registrations = translate.read_registrations(request.registrations)
             self._accountant.register(_text(request.run_id), registrations)
+            log.info("registered", extra={"run": request.run_id, "clients": sorted(registrations)})
             return accountant_pb2.RegisterResponse()
 
     def Reserve(self, request: Any, context: Any) -> Any:  # noqa: D102
         with self._answering(context, COORDINATOR):
             asks = [translate.read_ask(ask) for ask in request.asks]
-            return translate.write_answer(self._accountant.reserve(_text(request.run_id), request.server_round, asks))
+            answer = self._accountant.reserve(_text(request.run_id), request.server_round, asks)
+            _log_reserved(request.run_id, request.server_round, answer)
+            return translate.write_answer(answer)
 
     def Sending(self, request: Any, context: Any) -> Any:  # noqa: D102
         with self._answering(context, COORDINATOR):
@@ -84,12 +91,15 @@ class AccountantServicer(accountant_pb2_grpc.AccountantServicer):  # type: ignor
         with self._answering(context, COORDINATOR):
             outcomes, heads = translate.read_outcomes(request.outcomes), dict(request.client_heads)
             self._accountant.commit(_text(request.run_id), outcomes, client_heads=heads)
+            log.info("committed %d reservations", len(outcomes), extra={"run": request.run_id})
             return accountant_pb2.CommitResponse()
 
     def Void(self, request: Any, context: Any) -> Any:  # noqa: D102
         with self._answering(context, COORDINATOR):
             refusal = translate.read_refusal(request.refusal) if request.HasField("refusal") else None
             self._accountant.void(_text(request.run_id), request.reservation_id, refusal)
+            reason = "never sent" if refusal is None else str(refusal.reason)
+            log.info("a reservation was given back", extra={"run": request.run_id, "reason": reason})
             return accountant_pb2.VoidResponse()
 
     def Open(self, request: Any, context: Any) -> Any:  # noqa: D102
@@ -100,6 +110,10 @@ class AccountantServicer(accountant_pb2_grpc.AccountantServicer):  # type: ignor
         with self._answering(context, COORDINATOR):
             signed = translate.read_history(request)
             found = self._accountant.reconcile(signed, public_key=request.public_key, coordinator=request.coordinator)
+            if found.imported or found.revived:
+                text = "%d reservations imported, %d revived from a signed list"
+                client = signed.history.client
+                log.warning(text, len(found.imported), len(found.revived), extra={"client": client})
             return accountant_pb2.ReconcileResponse(imported=found.imported, revived=found.revived)
 
     def Budget(self, request: Any, context: Any) -> Any:  # noqa: D102
@@ -178,8 +192,16 @@ class _Answering:
 
 
 def _abort(context: Any, status: grpc.StatusCode, message: str) -> NoReturn:
+    log.warning("a call was refused", extra={"outcome": status.name, "reason": message})
     context.abort(status, message)  # raises
     raise AssertionError("unreachable")
+
+
+def _log_reserved(run_id: str, server_round: int, answer: Answer) -> None:
+    where = {"run": run_id, "round": server_round}
+    log.info("reserved", extra=where | {"clients": [one.reservation.client for one in answer.granted]})
+    for denial in answer.denied:
+        log.warning("left out", extra=where | {"client": denial.client, "reason": f"no {denial.reason} is left"})
 
 
 def _text(value: str) -> str:
