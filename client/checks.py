@@ -20,7 +20,7 @@ from common.signing import canonical, verify
 Finding = RefusalReason
 """Why a request is refused."""
 
-_TEXTS = ("run_id", "client", "dataset", "optimizer", "aggregation", "backbone_hash", "adapter_hash")
+_TEXTS = ("run_id", "client", "dataset", "optimizer", "aggregation", "backbone_hash", "adapter_hash", "recipe_hash")
 _COUNTS = ("server_round", "attempt", "local_steps", "declared_records")
 _NUMBERS = ("clipping_norm", "expected_batch_size", "learning_rate")
 

@@ -82,8 +82,9 @@ class Guard:
         self._release()
 
     def admit(
-        self, request: TrainRequest, *, shapes: Mapping[str, tuple[int, ...]], dataset: str | None = None
-    ) -> Admission:
+        self, request: TrainRequest, *, shapes: Mapping[str, tuple[int, ...]], dataset: str | None = None,
+        recipe: str | None = None,
+    ) -> Admission:  # fmt: skip
         """Decide on a request from public facts alone.
 
         Args:
@@ -91,6 +92,7 @@ class Guard:
             shapes: names and shapes of the adapter that the trainer holds.
             dataset: whose records the trainer holds; a plan for another one's budget is refused. A policy may name
                 several, and without this each of their budgets could be spent on the same records.
+            recipe: hash of the trainer's recipe; a plan for another one is refused.
 
         Raises:
             Unavailable: the ledger or its anchor cannot be written; nothing was promised.
@@ -109,6 +111,8 @@ class Guard:
             finding = self._find(request, coordinator, shapes)
             if dataset is not None and request.plan.dataset != dataset:
                 finding = RefusalReason.POLICY
+            if finding is None and recipe is not None and request.plan.recipe_hash != recipe:
+                finding = RefusalReason.RECIPE
             if finding is not None:
                 return self._burn(request, coordinator, finding)
             self._charge(request.plan, coordinator)

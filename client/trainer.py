@@ -43,6 +43,7 @@ from common.messages import (
     adapter_hash,
 )
 from common.privacy.sampling import PoissonSampler
+from common.recipe import Recipe, recipe_hash
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +66,13 @@ class Workbench:
         engine: owns exactly the trained tensors.
         backbone_hash: of the folder the model came from.
         initial: the public, seeded initialisation of the trained tensors.
+        recipe: the settings that every trainer of a run must share.
     """
 
     engine: Engine
     backbone_hash: str
     initial: Arrays
+    recipe: Recipe
 
 
 class Trainer:
@@ -122,6 +125,7 @@ class Trainer:
             shapes={name: tuple(array.shape) for name, array in initial.items()},
             trained=tuple(initial),
             initial_hash=adapter_hash(initial),
+            recipe=dict(self._workbench.recipe),
         )
 
     def train(self, request: TrainRequest) -> Reply | Refusal | Status:
@@ -153,7 +157,8 @@ class Trainer:
 
     def _train(self, request: TrainRequest) -> Reply | Refusal | Status:
         shapes = {name: tuple(array.shape) for name, array in self._workbench.initial.items()}
-        admission = self._guard.admit(request, shapes=shapes, dataset=self._dataset)
+        recipe = recipe_hash(self._workbench.recipe)
+        admission = self._guard.admit(request, shapes=shapes, dataset=self._dataset, recipe=recipe)
         if isinstance(admission, Replay):
             return admission.reply
         if isinstance(admission, Lost):

@@ -57,6 +57,7 @@ class RefusalReason(StrEnum):
     LEDGER = "ledger"
     BUSY = "busy"
     USED = "used"
+    RECIPE = "recipe"
 
 
 NEVER_VOIDING = frozenset({RefusalReason.BUSY, RefusalReason.USED})
@@ -121,6 +122,7 @@ class Plan:
         backbone_hash, adapter_hash: what is trained, and from where.
         envelope: the whole run's bound for this client.
         mechanism: how records are clipped and where the noise goes.
+        recipe_hash: of the settings of the model that every trainer of the run shares (``common/recipe.py``).
     """
 
     run_id: str
@@ -141,6 +143,7 @@ class Plan:
     adapter_hash: str
     envelope: Envelope
     mechanism: Mechanism = field(default_factory=Mechanism)
+    recipe_hash: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The object that is signed."""
@@ -314,6 +317,7 @@ class Description:
         backbone_hash: of the folder's weights and configuration.
         shapes: adapter tensor name to shape; trained: for every aggregation rule the names that leave.
         initial_hash: ``adapter_hash`` of the public, seeded initialisation.
+        recipe: settings of the model that all trainers of a run must share (``common/recipe.py``).
     """
 
     client: str
@@ -324,6 +328,7 @@ class Description:
     shapes: dict[str, tuple[int, ...]]
     trained: tuple[str, ...]
     initial_hash: str
+    recipe: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -335,4 +340,5 @@ class Description:
         body = dict(value)
         body["shapes"] = {name: tuple(shape) for name, shape in body["shapes"].items()}
         body["trained"] = tuple(body["trained"])
+        body["recipe"] = {str(name): str(setting) for name, setting in body["recipe"].items()}
         return cls(**body)

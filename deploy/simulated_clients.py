@@ -76,6 +76,7 @@ def describe(name: str, index: int, declared: int, state: StateFolder, workbench
         shapes={tensor: tuple(array.shape) for tensor, array in workbench.initial.items()},
         trained=tuple(workbench.initial),
         initial_hash=adapter_hash(workbench.initial),
+        recipe=dict(workbench.recipe),
     )
 
 

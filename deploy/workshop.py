@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from client.adapter import attach, trained_arrays
+from client.adapter import attach, choose_targets, trained_arrays
 from client.backbone import backbone_hash, context_length, load_model, load_tokenizer, resolve
 from client.engine import make_engine, self_test
 from client.trainer import Workbench
 from common.config import RunConfig
+from common.recipe import recipe_of
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 DEFAULT_LENGTH = 256
@@ -84,6 +85,7 @@ def open_workshop(config: RunConfig, classes: Sequence[str], *, test: bool = Tru
         folder, task=config.task, classes=classes, public_seed=config.public_seed, precision=precision
     ).to(device)
     max_length = min(config.max_length or DEFAULT_LENGTH, context_length(base))
+    targets = choose_targets(base, config.target_modules, config.task)
     model = adapt(base, config)
     engine = make_engine(
         model,
@@ -96,5 +98,6 @@ def open_workshop(config: RunConfig, classes: Sequence[str], *, test: bool = Tru
     )
     if test:
         self_test(engine)
-    workbench = Workbench(engine, backbone_hash(folder), trained_arrays(model))
+    recipe = recipe_of(config, max_length=max_length, target_modules=targets, classes=classes)
+    workbench = Workbench(engine, backbone_hash(folder), trained_arrays(model), recipe)
     return Workshop(folder, tokenizer, model, workbench, max_length, device)

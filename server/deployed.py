@@ -35,6 +35,7 @@ from common.config import RunConfig
 from common.errors import CloisterError, InvalidInput, Refused, Unavailable
 from common.messages import Arrays, Description, Envelope, adapter_hash
 from common.signing import SigningKey
+from common.recipe import check_recipe
 from server.accountant import Denial, Outcome
 from server.accountants import Accountant, open_accountant
 from server.certify import Circumstances, certify, check_part, missing_parts, reasons_against
@@ -280,6 +281,8 @@ def _certify(
     folder.note("certifying")
     parts = _gather(folder, terms, keys_of(list(descriptions)), exchange, coordinator)
     if missing := missing_parts(terms, parts):
+    for description in descriptions:
+        check_recipe(config, description.client, description.recipe)
         raise Unavailable(
             f"the rounds are done, but {', '.join(missing)} gave no signed part of the certificate: when their "
             f"trainers answer again, 'cloister coordinator runs resume {terms.run_id}' asks for it"

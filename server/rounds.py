@@ -134,8 +134,7 @@ class RoundLoop:
         self._path = folder / "checkpoint.npz"
         self._evaluate, self._every, self._on_metrics = evaluate, evaluate_every, on_metrics
         self._listener = listener or Listener()
-        self._clock, self._should_stop = clock, should_stop
-        self._short = 0
+        self._clock, self._should_stop, self._short = clock, should_stop, 0
         self._agreed: set[str] = set()
         self._optimizer = ServerOptimizer(terms.server_optimizer, terms.server_learning_rate, terms.server_schedule)
         self._average = TailAverage(terms.averaging, terms.rounds)
@@ -348,6 +347,7 @@ class RoundLoop:
             adapter_hash=current,
             envelope=client.envelope or Envelope(()),
             mechanism=mechanism_for(terms, client, reservation.event, self._importance.scales()),
+            recipe_hash=terms.recipe_hash,
         )
 
     def _mark(self, requests: Mapping[str, TrainRequest]) -> None:

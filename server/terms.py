@@ -18,6 +18,7 @@ from common.errors import InvalidInput
 from common.messages import Description, Envelope
 from common.privacy import PLDAccountant, Relation, SampledGaussian, calibrate_noise_multiplier
 from common.privacy.schedules import calibrate_factor
+from common.recipe import check_alike, recipe_hash
 from common.signing import digest
 from server.schedules import noise_shape
 
@@ -80,6 +81,7 @@ class RunTerms:
     smoothing: float = 0.0
     shrinkage: str = "none"
     weights: str = "uniform"
+    recipe: Mapping[str, str] = field(default_factory=dict)
     deadline_s: float = field(default=3600.0)
     quorum: int = field(default=1)
 
@@ -114,6 +116,11 @@ class RunTerms:
             for item in body["clients"]
         )
         return cls(**body)
+
+    @property
+    def recipe_hash(self) -> str:
+        """Of the recipe that every trainer of this run has."""
+        return recipe_hash(self.recipe)
 
     @property
     def plan_hash(self) -> str:
@@ -153,7 +160,7 @@ def draw_up(
 
     Raises:
         InvalidInput: a client's settings are impossible (q > 1, δ too large, a name in the TOML that nobody has), or
-            the clients do not hold the same backbone and adapter.
+            the clients do not hold the same backbone, recipe and adapter.
     """
     names = [description.client for description in descriptions]
     for name in config.clients:
@@ -161,6 +168,7 @@ def draw_up(
             raise InvalidInput(f"[clients.{name}]: no such client; there are {', '.join(sorted(names))}")
     _check_combination(config)
     first = descriptions[0]
+    check_alike({description.client: description.recipe for description in descriptions})
     for other in descriptions[1:]:
         if (other.backbone_hash, other.initial_hash) != (first.backbone_hash, first.initial_hash):
             raise InvalidInput(f"{other.client} and {first.client} do not hold the same backbone and adapter")
@@ -201,6 +209,7 @@ def draw_up(
         smoothing=smoothing_strength(config.smoothing),
         shrinkage=config.shrinkage,
         weights=config.weights,
+        recipe=dict(first.recipe),
         deadline_s=config.round_deadline_s,
         quorum=config.quorum,
     )

@@ -95,6 +95,7 @@ def test_no_field_that_leaves_is_free_text_or_a_number_about_records():
         Description: {
             "client": str, "dataset": str, "public_key": str, "declared_records": int, "backbone_hash": str,
             "shapes": dict[str, tuple[int, ...]], "trained": tuple[str, ...], "initial_hash": str,
+            "recipe": dict[str, str],  # of known names and canonical values: tests/test_recipe.py
         },
         SignedHistory: {"history": ClientHistory, "signature": str},
         ClientHistory: {
@@ -149,7 +150,7 @@ def test_a_request_without_privacy_survives_its_header():
     [
         {"server_round": 4}, {"clipping_norm": 2.0}, {"adapter_hash": "0" * 64}, {"participation": 3},
         {"event": SampledGaussian(noise_multiplier=1.0, sample_rate=0.03, steps=2)}, {"learning_rate": 0.2},
-        {"envelope": Envelope((EVENT,) * 5)},
+        {"envelope": Envelope((EVENT,) * 5)}, {"recipe_hash": "c" * 64},
     ],
 )  # fmt: skip
 def test_the_request_hash_binds_every_part_of_the_plan(change):
@@ -165,7 +166,9 @@ def test_an_unknown_or_missing_key_in_a_plan_is_refused():
 
 
 def test_a_description_survives_json():
-    public = Description("clinic", "notes", "key", 1000, "b" * 64, {"a": (2, 3), "b": (4,)}, ("a", "b"), "i" * 64)
+    public = Description(
+        "clinic", "notes", "key", 1000, "b" * 64, {"a": (2, 3), "b": (4,)}, ("a", "b"), "i" * 64, {"rank": "4"}
+    )
     assert Description.from_json(json.loads(json.dumps(public.to_json()))) == public
 
 

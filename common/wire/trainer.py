@@ -208,4 +208,5 @@ def read_description(message: trainer_pb2.Description) -> Description:
     body = {name: getattr(message, name) for name in Description.__dataclass_fields__}
     body["shapes"] = {name: tuple(shape.sizes) for name, shape in message.shapes.items()}
     body["trained"] = tuple(message.trained)
+    body["recipe"] = dict(message.recipe)
     return Description(**body)

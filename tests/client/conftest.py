@@ -13,6 +13,7 @@ from client.trainer import Trainer
 from common.config import RunConfig
 from common.messages import Envelope, Plan, Reservation, SignedReservation, TrainRequest, adapter_hash
 from common.privacy import SampledGaussian
+from common.recipe import recipe_hash
 from common.signing import SigningKey
 from deploy.workshop import Workshop, open_workshop
 
@@ -86,6 +87,7 @@ class Organisation:
             "expected_batch_size": batch, "declared_records": self.declared, "optimizer": "sgd", "learning_rate": 1.0,
             "aggregation": "ffa", "backbone_hash": self.workshop.workbench.backbone_hash,
             "adapter_hash": adapter_hash(adapter), "envelope": Envelope((event,) if event else ()),
+            "recipe_hash": recipe_hash(self.workshop.workbench.recipe),
         }  # fmt: skip
         plan = Plan(**(values | changes))
         reservation = Reservation(f"{self.count:032x}", plan.run_id, 1, "clinic", plan.dataset, 1, event)

@@ -16,10 +16,12 @@ from client.relay import connect_by_address
 from client.trainer_service import serve as serve_trainer
 from common.attestation import PartRequest
 from common.certificate import SignedPart, verify_certificate
+from common.config import RunConfig
 from common.errors import InvalidInput, Unavailable
 from common.history import ListRequest, SignedHistory
 from common.messages import Description, Reply, Status, StatusCode, TrainRequest, adapter_hash
 from common.privacy import PLDAccountant
+from common.recipe import recipe_of
 from common.signing import SigningKey
 from deploy.inprocess_grid import InProcessGrid
 from server.app import HOME_VARIABLE
@@ -27,6 +29,7 @@ from server.app import app as server_app
 
 INITIAL = {"layer.lora_B": np.zeros((3, 2), dtype=np.float32)}
 BACKBONE = "b" * 64
+RECIPE = recipe_of(RunConfig(), max_length=64, target_modules=["layer"], classes=())
 RUN = "0123456789abcdef"
 
 
@@ -39,7 +42,7 @@ class CountingTrainer:
     def describe(self) -> Description:
         return Description(
             self.name, self.name, self.guard.public_key, 1000, BACKBONE,
-            {n: a.shape for n, a in INITIAL.items()}, tuple(INITIAL), adapter_hash(INITIAL),
+            {n: a.shape for n, a in INITIAL.items()}, tuple(INITIAL), adapter_hash(INITIAL), RECIPE,
         )  # fmt: skip
 
     def signed_list(self, request: ListRequest) -> SignedHistory:

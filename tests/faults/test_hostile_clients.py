@@ -16,8 +16,10 @@ from client.policy import DatasetPolicy, Policy
 from client.relay import build_relay
 from common.certificate import verify_certificate
 from common.charge import charge
+from common.config import RunConfig
 from common.ledger import Ledger
 from common.messages import Description, Status, StatusCode, adapter_hash
+from common.recipe import recipe_of
 from common.signing import SigningKey
 from deploy.inprocess_grid import InProcessGrid
 from server.accountant import EmbeddedAccountant
@@ -25,6 +27,7 @@ from server.app import HOME_VARIABLE, app
 
 INITIAL = {"layer.lora_B": np.zeros((3, 2), dtype=np.float32)}
 SHAPES = {name: array.shape for name, array in INITIAL.items()}
+RECIPE = recipe_of(RunConfig(), max_length=64, target_modules=["layer"], classes=())
 RUN, ROUNDS = "0123456789abcdef", 3
 
 
@@ -36,8 +39,9 @@ class Client:
 
     def describe(self):
         return Description(
-            self.name, self.name, self.guard.public_key, 1000, "b" * 64, SHAPES, tuple(INITIAL), adapter_hash(INITIAL)
-        )
+            self.name, self.name, self.guard.public_key, 1000, "b" * 64, SHAPES, tuple(INITIAL), adapter_hash(INITIAL),
+            RECIPE,
+        )  # fmt: skip
 
     def signed_list(self, request):
         return self.guard.signed_list(request)

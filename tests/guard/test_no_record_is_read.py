@@ -91,7 +91,7 @@ def test_describing_itself_reads_no_record(trainer, records):
 
 
 def test_after_the_guards_yes_a_fault_is_a_status_and_the_reservation_is_spent(parties, trainer, records):
-    request = parties.request()
+    request = parties.request(recipe_hash=recipe_hash(RECIPE))
     assert trainer.train(request) == Status(StatusCode.LOST)
     assert trainer.train(request) == Status(StatusCode.LOST)
     assert trainer.guard.spent("notes").epsilon > 0

@@ -110,6 +110,7 @@ def test_requests_keep_every_bit_so_that_signatures_hold(
         adapter_hash=adapter_hash(adapter),
         envelope=envelope,
         mechanism=mechanism,
+        recipe_hash="r" * 64,
     )
     request = TrainRequest(plan, KEY.sign("plan", plan.to_json()), SIGNED, adapter)
     found = trainer.read_train_request(over_the_wire(trainer.write_train_request(request)))
@@ -171,7 +172,8 @@ def test_the_accountants_answers_come_back(tmp_path):
 
 
 def test_a_description_comes_back():
-    description = Description("a", "notes", "key", 1000, "b" * 64, {"x": (2, 3), "y": ()}, ("x",), "h" * 64)
+    shapes, recipe = {"x": (2, 3), "y": ()}, {"rank": "4", "task": "t"}
+    description = Description("a", "notes", "key", 1000, "b" * 64, shapes, ("x",), "h" * 64, recipe)
     assert trainer.read_description(over_the_wire(trainer.write_description(description))) == description
 
 
