@@ -206,6 +206,12 @@ class RunConfig(_Settings):
         default=None,
         description="file, outside this machine, that always holds the embedded ledger's head: one set back is noticed",
     )
+    tensorboard: bool = Field(False, description="write TensorBoard files beside the results, in tensorboard/")
+    mlflow: str | None = Field(
+        default=None,
+        min_length=1,
+        description="keep the run in this MLflow store too: a file (SQLite) or a tracking URI; needs the extra mlflow",
+    )
     output: str | None = Field(default=None, description="folder for the results; default runs/NNN")
     resume: bool = Field(False, description="go on with the run in --output from its last finished round")
     clients: dict[str, ClientSettings] = Field(default_factory=dict, description="settings per organisation")

@@ -51,11 +51,12 @@ from server.checkpoint import write_atomically
 from server.exchange import Exchange
 from server.rounds import Finished, Listener, RoundLoop
 from server.terms import RunTerms, draw_up
+from server.trackers import Lines, tracking
 
 CONNECT_TIMEOUT_S = 120.0
 NOT_COMPARED = frozenset(
     {"resume", "output", "threads", "backend", "micro_batch_size", "device"}
-    | {"accountant_certificate", "accountant_key", "accountant_authority"}
+    | {"accountant_certificate", "accountant_key", "accountant_authority", "tensorboard", "mlflow"}
 )
 """Settings that may differ when a run is resumed: they change speed or how the accountant is reached, nothing else."""
 
@@ -150,14 +151,15 @@ class _Session:
             key=self.state.key_file("accountant"),
             seen=self.state.accountant_file,
         ) as accountant:
-            finished = self._train(accountant)
+            with tracking(self.config, self.terms, self.output) as track:
+                finished = self._train(accountant, track)
             return self._write(accountant, finished)
 
-    def _train(self, accountant: Accountant) -> Finished:
+    def _train(self, accountant: Accountant, track: Callable[[Lines], None]) -> Finished:
         done: list[Finished] = []
 
         def serve(grid: Grid, _context: Context) -> None:
-            done.append(self._loop(Exchange(grid), accountant).run())
+            done.append(self._loop(Exchange(grid), accountant, track).run())
 
         app = build_server_app(serve)
         if self.config.backend == "ray":
@@ -166,7 +168,7 @@ class _Session:
             self._in_process(app)
         return done[0]
 
-    def _loop(self, exchange: Exchange, accountant: Accountant) -> RoundLoop:
+    def _loop(self, exchange: Exchange, accountant: Accountant, track: Callable[[Lines], None]) -> RoundLoop:
         descriptions = exchange.describe(len(self.terms.clients), CONNECT_TIMEOUT_S)
         if [one.client for one in descriptions] != [client.name for client in self.terms.clients]:
             raise Unavailable("the nodes that answered are not the silos of this run")
@@ -180,7 +182,7 @@ class _Session:
             folder=self.state.path,
             evaluate=self.evaluator,
             evaluate_every=self.config.eval_every,
-            on_metrics=lambda metrics: write_metrics(self.output / "metrics.jsonl", metrics),
+            on_metrics=lambda metrics: (write_metrics(self.output / "metrics.jsonl", metrics), track(metrics)),
             listener=self.watcher,
         )
 

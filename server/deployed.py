@@ -28,14 +28,15 @@ from typing import Any
 import numpy as np
 from flwr.serverapp import Grid
 
+from common import logs
 from common.accounts import Reconciled
 from common.attestation import PartRequest
 from common.certificate import SignedPart
 from common.config import RunConfig
 from common.errors import CloisterError, InvalidInput, Refused, Unavailable
 from common.messages import Arrays, Description, Envelope, adapter_hash
-from common.signing import SigningKey
 from common.recipe import check_recipe
+from common.signing import SigningKey
 from server.accountant import Denial, Outcome
 from server.accountants import Accountant, open_accountant
 from server.certify import Circumstances, certify, check_part, missing_parts, reasons_against
@@ -43,6 +44,7 @@ from server.checkpoint import write_atomically
 from server.exchange import Exchange, Failure
 from server.rounds import Finished, Listener, RoundLoop, keys_of
 from server.terms import RunTerms, draw_up
+from server.trackers import tracking
 
 CONNECT_TIMEOUT_S = 600.0
 PART_TIMEOUT_S, PART_TRIES = 120.0, 3
@@ -91,9 +93,16 @@ class RunFolder:
         body = {"state": state, **kept, **more, "updated": round(time.time(), 3)}
         write_atomically(self.path / "state.json", json.dumps(body).encode())
 
-    def say(self, text: str) -> None:
-        """One line of the run's log, for the operator; Flower's own log gets it too."""
-        print(text, flush=True)
+    def say(self, text: str, level: str = "info", **fields: Any) -> None:
+        """One line of the run's log, for the operator; Flower's own log gets it too, in the form that is asked for.
+
+        Args:
+            text: the sentence.
+            level: of the JSON line.
+            **fields: of ``common.logs.FIELDS``, for the JSON line alone.
+        """
+        now, is_json = time.time(), os.environ.get(logs.VARIABLE) == "json"
+        print(logs.as_line(level, __name__, text, now=now, run=self.run_id, **fields) if is_json else text, flush=True)
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with (self.path / "run.log").open("a", encoding="utf-8") as file:
             file.write(f"{moment} {text}\n")
@@ -152,31 +161,37 @@ class Journalist(Listener):
     def round_started(self, server_round: int, clients: tuple[str, ...]) -> None:
         """See ``Listener``; the same holds for every method below."""
         self._folder.note("training", round=server_round - 1, rounds=self._rounds)
-        self._folder.say(f"round {server_round}/{self._rounds}: sent to {', '.join(clients)}")
+        text = f"round {server_round}/{self._rounds}: sent to {', '.join(clients)}"
+        self._folder.say(text, round=server_round, clients=list(clients))
 
     def answered(self, server_round: int, client: str, outcome: Outcome, reason: str) -> None:  # noqa: D102
-        self._folder.say(f"round {server_round}/{self._rounds}: {client}: {outcome}{': ' if reason else ''}{reason}")
+        text = f"round {server_round}/{self._rounds}: {client}: {outcome}{': ' if reason else ''}{reason}"
+        level = "info" if outcome is Outcome.REPLIED else "warning"
+        self._folder.say(text, level, round=server_round, client=client, outcome=str(outcome), reason=reason or None)
 
     def denied(self, server_round: int, denial: Denial) -> None:  # noqa: D102
         self._folder.say(
-            f"round {server_round}/{self._rounds}: {denial.client} is left out: no {denial.reason} is left"
-        )
+            f"round {server_round}/{self._rounds}: {denial.client} is left out: no {denial.reason} is left",
+            "warning", round=server_round, client=denial.client, outcome="denied", reason=denial.reason,
+        )  # fmt: skip
 
     def absent(self, server_round: int, client: str) -> None:  # noqa: D102
         self._folder.say(
-            f"round {server_round}/{self._rounds}: {client} is not connected, so nothing is asked or charged"
-        )
+            f"round {server_round}/{self._rounds}: {client} is not connected, so nothing is asked or charged",
+            "warning", round=server_round, client=client, outcome="absent",
+        )  # fmt: skip
 
     def corrected(self, client: str, found: Reconciled) -> None:  # noqa: D102
-        self._folder.say(
-            f"{client}: {len(found.imported)} reservations imported, {len(found.revived)} revived from its signed list"
-        )
+        counts = f"{len(found.imported)} reservations imported, {len(found.revived)} revived"
+        self._folder.say(f"{client}: {counts} from its signed list", "warning", client=client)
 
     def disagreed(self, client: str, reason: str) -> None:  # noqa: D102
-        self._folder.say(f"{client}: its signed list was not taken over: {reason}")
+        self._folder.say(f"{client}: its signed list was not taken over: {reason}", "warning", client=client)
 
     def round_ended(self, record: Mapping[str, Any]) -> None:  # noqa: D102
         self._folder.note("training", round=record["round"], rounds=self._rounds)
+        fields = {name: record[name] for name in ("round", "score", "loss", "epsilon", "seconds")}
+        self._folder.say(f"round {record['round']}/{self._rounds}: ended after {record['seconds']:.1f} s", **fields)
 
 
 def serve_run(grid: Grid, folder: RunFolder) -> None:
@@ -190,7 +205,7 @@ def serve_run(grid: Grid, folder: RunFolder) -> None:
             _serve(grid, folder)
         except CloisterError as error:
             folder.note("failed", error=str(error), exit_code=error.exit_code)
-            folder.say(f"error: {error}")
+            folder.say(f"error: {error}", "error", exit_code=error.exit_code)
             raise
         except Exception as error:
             folder.note("failed", error=f"{type(error).__name__}: {error}", exit_code=1)
@@ -202,13 +217,16 @@ def _serve(grid: Grid, folder: RunFolder) -> None:
     config, exchange = folder.config(), Exchange(grid, poll_s=0.5)
     terms, descriptions = _parties(folder, config, exchange)
     coordinator = SigningKey.load_or_create(folder.key("coordinator"))
-    with open_accountant(
-        config,
-        ledger=folder.home / "ledger.sqlite",
-        key=folder.key("accountant"),
-        seen=folder.home / "keys" / "accountant.pub",
-        root=folder.home,
-    ) as accountant:
+    with (
+        open_accountant(
+            config,
+            ledger=folder.home / "ledger.sqlite",
+            key=folder.key("accountant"),
+            seen=folder.home / "keys" / "accountant.pub",
+            root=folder.home,
+        ) as accountant,
+        tracking(config, terms, folder.path, root=folder.home) as track,
+    ):
         loop = RoundLoop(
             terms=terms,
             initial=initial_adapter(folder.path, descriptions[0]),
@@ -217,7 +235,7 @@ def _serve(grid: Grid, folder: RunFolder) -> None:
             accountant=accountant,
             key=coordinator,
             folder=folder.path,
-            on_metrics=lambda metrics: write_metrics(folder.path, metrics),
+            on_metrics=lambda metrics: (write_metrics(folder.path, metrics), track(metrics)),
             listener=Journalist(folder, terms.rounds),
             should_stop=lambda: folder.is_told_to_stop,
         )
@@ -263,6 +281,8 @@ def _parties(folder: RunFolder, config: RunConfig, exchange: Exchange) -> tuple[
         return RunTerms.from_json(body["terms"]), descriptions
     provisioned = provisioned_keys(folder.home / "clients")
     descriptions = tuple(exchange.describe(folder.clients(), CONNECT_TIMEOUT_S, provisioned=provisioned))
+    for description in descriptions:
+        check_recipe(config, description.client, description.recipe)
     terms = draw_up(config, descriptions, folder.run_id)
     body = {"terms": terms.to_json(), "descriptions": [one.to_json() for one in descriptions]}
     write_atomically(file, json.dumps(body).encode())
@@ -281,8 +301,6 @@ def _certify(
     folder.note("certifying")
     parts = _gather(folder, terms, keys_of(list(descriptions)), exchange, coordinator)
     if missing := missing_parts(terms, parts):
-    for description in descriptions:
-        check_recipe(config, description.client, description.recipe)
         raise Unavailable(
             f"the rounds are done, but {', '.join(missing)} gave no signed part of the certificate: when their "
             f"trainers answer again, 'cloister coordinator runs resume {terms.run_id}' asks for it"
@@ -319,7 +337,7 @@ def _gather(
                     raise Unavailable(answer.reason)
                 parts[name] = check_part(answer, client=name, public_key=keys[name], run_id=terms.run_id)
             except CloisterError as error:
-                folder.say(f"{name}: no usable part of the certificate: {error}")
+                folder.say(f"{name}: no usable part of the certificate: {error}", "warning", client=name)
     return parts
 
 
