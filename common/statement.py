@@ -5,6 +5,7 @@ Certificate, model card and report say the same sentences, because all three tak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,13 @@ UNITS = {
     "user": "all records that one person has at one organisation",
     "client": "everything one organisation holds",
 }
+
+
+VERIFIED = (
+    "What a verifier learns: these parties attested these events, and these ε follow from them. Not learned: that "
+    "the noise was really added, that the declared sizes are true, that no other run exists."
+)
+"""How far a certificate that verifies can be believed."""
 
 
 def not_protected(*, release: str, anchored: bool, simulation: bool, unit: str = "record") -> tuple[str, ...]:
@@ -45,22 +53,20 @@ def not_protected(*, release: str, anchored: bool, simulation: bool, unit: str =
 
 def statement_of(certificate: Certificate, epsilons: Mapping[str, Epsilons], unpinned: Sequence[str]) -> str:
     """Paragraphs and lists in plain English (Markdown that also reads as text)."""
-    parts = [_headline(certificate), *_clients(certificate, epsilons)]
+    parts = [headline(certificate), *_clients(certificate, epsilons)]
     if certificate.private:
-        parts.append(_meaning(certificate))
+        parts += [who_is_protected(certificate), what_epsilon_means(certificate, epsilons)]
     parts.append("Not protected:\n" + "\n".join(f"- {item}" for item in certificate.not_protected))
     if certificate.notes:
         parts.append("Notes:\n" + "\n".join(f"- {item}" for item in certificate.notes))
-    parts.append(
-        "What a verifier learns: these parties attested these events, and these ε follow from them. Not learned: that "
-        "the noise was really added, that the declared sizes are true, that no other run exists."
-    )
+    parts.append(VERIFIED)
     if unpinned:
         parts.append(f"Keys that were taken from the certificate itself, not pinned: {', '.join(unpinned)}.")
     return "\n\n".join(parts)
 
 
-def _headline(certificate: Certificate) -> str:
+def headline(certificate: Certificate) -> str:
+    """Which run, how much of it was run, and whether it is private."""
     rounds = f"{certificate.rounds_run} of {certificate.rounds_planned} rounds"
     where = "a simulation" if certificate.simulation else "a federation"
     if certificate.private:
@@ -92,7 +98,8 @@ def _clients(certificate: Certificate, epsilons: Mapping[str, Epsilons]) -> list
     return ["\n".join(lines)] if lines else []
 
 
-def _meaning(certificate: Certificate) -> str:
+def who_is_protected(certificate: Certificate) -> str:
+    """Who, against whom, and what several organisations cost together."""
     unit = _each("unit", UNITS, certificate)
     relation = _each("relation", RELATIONS, certificate)
     return (
@@ -100,6 +107,49 @@ def _meaning(certificate: Certificate) -> str:
         f"and whoever gets the adapter. Neighbouring data sets differ in that {relation}. Organisations that share no "
         "person cost the largest of these ε, not their sum; a person at several organisations costs the sum."
     )
+
+
+def what_epsilon_means(certificate: Certificate, epsilons: Mapping[str, Epsilons]) -> str:
+    """ε and δ for a reader who has never met them, with the numbers of the organisation that spends most."""
+    deltas = {signed.part.client: signed.part.delta for signed in certificate.parts}
+    known = [(found.envelope_epsilon, name) for name, found in epsilons.items() if found.envelope_epsilon is not None]
+    if not known:
+        return ""
+    epsilon, name = max(known)
+    delta = deltas[name]
+    return (
+        "What ε and δ mean: take an attacker who sees everything that left the organisation and already knows every "
+        "other record. Whatever the attacker may conclude is at most e^ε times as likely to be concluded when one "
+        "given record was used as when it was not, and the other way round, plus a probability of δ with which nothing "
+        f"is promised. Smaller numbers protect more. Here the largest is ε ≤ {_up(epsilon)} at δ = {delta:g}: a factor "
+        f"of at most {factor(epsilon)}. Somebody who guesses whether a record was used, and would be right half of the "
+        f"time without the run, is right in at most {most_correct_guesses(epsilon, delta)} of cases with it. That is "
+        "the worst case over all attackers and all records, not what a known attack reaches."
+    )
+
+
+def factor(epsilon: float) -> str:
+    """e^ε rounded up, as people read it.
+
+    >>> factor(1.0), factor(8.0), factor(60.0)
+    ('2.72', '2,981', '1.15e+26')
+    """
+    value = math.exp(min(epsilon, 700.0))
+    if value >= 1e6:
+        return f"{math.nextafter(value * 1.005, math.inf):.2e}" if float(f"{value:.2e}") < value else f"{value:.2e}"
+    scale = 1.0 if value >= 1000 else 100.0
+    return f"{math.ceil(value * scale) / scale:,.{0 if scale == 1.0 else 2}f}"
+
+
+def most_correct_guesses(epsilon: float, delta: float) -> str:
+    """The largest share of right guesses at even odds, (e^ε + δ) / (e^ε + 1), rounded up (Kairouz et al. 2015, thm 2).
+
+    >>> most_correct_guesses(0.0, 0.0), most_correct_guesses(1.0, 1e-5), most_correct_guesses(8.0, 1e-5)
+    ('50 %', '73.11 %', '99.97 %')
+    """
+    odds = math.exp(min(epsilon, 700.0))
+    share = math.ceil(1e4 * (odds + delta) / (odds + 1.0) - 1e-9) / 100
+    return "100 %" if share >= 100 else f"{share:g} %"
 
 
 def _each(field: str, words: Mapping[str, str], certificate: Certificate) -> str:
