@@ -178,6 +178,11 @@ class RunConfig(_Settings):
         "released updates were important",
     )
     engine: Literal["fused", "opacus"] = Field("fused", description="per-example gradients: fused, or Opacus hooks")
+    cache_frozen_layers: bool = Field(
+        False,
+        description="keep in memory what the layers below the first adapted one give for each record: faster where "
+        "records are drawn more than once",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="of the frozen backbone; auto: bf16 on a GPU, float32 on a CPU"

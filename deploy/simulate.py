@@ -22,10 +22,11 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from client.data.tokens import Prepared
+from client.engine import FrozenStates
 from client.evaluator import Evaluator
 from client.relay import build_relay
 from client.trainer import StepListener, Trainer
-from common.certificate import Certificate
+from common.certificate import Certificate, statement
 from common.config import RunConfig
 from common.errors import CloisterError, InvalidInput, Unavailable
 from common.messages import Arrays
@@ -33,6 +34,7 @@ from deploy.folders import recover_folder
 from deploy.inprocess_grid import InProcessGrid
 from deploy.inputs import Inputs, classes_of, declared_records, gather, next_output, tokenise, tokenise_silos
 from deploy.report import write_report
+from deploy.run_record import read_run
 from deploy.same_data import check_same_data
 from deploy.simulated_clients import (
     FolderClients,
@@ -55,7 +57,7 @@ from server.trackers import Lines, tracking
 
 CONNECT_TIMEOUT_S = 120.0
 NOT_COMPARED = frozenset(
-    {"resume", "output", "threads", "backend", "micro_batch_size", "device"}
+    {"resume", "output", "threads", "backend", "micro_batch_size", "device", "cache_frozen_layers"}
     | {"accountant_certificate", "accountant_key", "accountant_authority", "tensorboard", "mlflow"}
 )
 """Settings that may differ when a run is resumed: they change speed or how the accountant is reached, nothing else."""
@@ -93,8 +95,10 @@ class Result:
     statement: str = field(repr=False)
 
 
-def simulate(config: RunConfig, watcher: Watcher | None = None) -> Result:
+def simulate(config: RunConfig, watcher: Watcher | None = None, *, states: FrozenStates | None = None) -> Result:
     """Run a simulation to its end and write everything it leaves.
+
+    ``states`` may be shared by several runs of one process that cache frozen layers (``client/engine/frozen.py``).
 
     Raises:
         InvalidInput: a setting or the data is not usable; no output folder was made.
@@ -107,9 +111,9 @@ def simulate(config: RunConfig, watcher: Watcher | None = None) -> Result:
     if config.task == "classification":  # the classes' names are needed to build the head
         inputs = gather(config)
         classes = classes_of(config, inputs)
-        workshop = open_workshop(config, classes)
+        workshop = open_workshop(config, classes, states=states)
     else:
-        workshop = open_workshop(config, ())
+        workshop = open_workshop(config, (), states=states)
         inputs, classes = gather(config), ()
     prepared = tokenise_silos(config, inputs.silos, workshop.tokenizer, workshop.max_length, classes)
     evaluator = _evaluator(config, inputs, workshop, classes)
@@ -233,8 +237,8 @@ class _Session:
             self.output / "adapter", self.workshop.model, finished.adapter, run, self.workshop.folder, certificate,
             finished.metrics,
         )  # fmt: skip
-        text = write_report(self.output / "report.html", self.terms, certificate, finished.metrics)
-        return Result(self.output, self.terms, finished.metrics, certificate, text)
+        write_report(read_run(self.output), self.output / "report.html")
+        return Result(self.output, self.terms, finished.metrics, certificate, statement(certificate))
 
 
 def set_environment() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from client.adapter import attach, choose_targets, trained_arrays
 from client.backbone import backbone_hash, context_length, load_model, load_tokenizer, resolve
-from client.engine import make_engine, self_test
+from client.engine import FrozenStates, make_engine, self_test
 from client.trainer import Workbench
 from common.config import RunConfig
 from common.recipe import recipe_of
@@ -71,8 +71,12 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads or os.cpu_count() or 1)
 
 
-def open_workshop(config: RunConfig, classes: Sequence[str], *, test: bool = True) -> Workshop:
+def open_workshop(
+    config: RunConfig, classes: Sequence[str], *, test: bool = True, states: FrozenStates | None = None
+) -> Workshop:
     """Load, attach, build the engine, and try it on made-up public tokens.
+
+    ``states`` are what an earlier run of this process kept of its frozen layers; used with ``cache-frozen-layers``.
 
     Raises:
         InvalidInput: the model, a target module or a layer is not usable; the message names it.
@@ -96,8 +100,11 @@ def open_workshop(config: RunConfig, classes: Sequence[str], *, test: bool = Tru
         max_length=max_length,
         precision=PRECISIONS[precision],
     )
+    found = backbone_hash(folder)
+    if config.cache_frozen_layers:
+        engine.keep_frozen(states or FrozenStates(), found, config.pooling)
     if test:
         self_test(engine)
     recipe = recipe_of(config, max_length=max_length, target_modules=targets, classes=classes)
-    workbench = Workbench(engine, backbone_hash(folder), trained_arrays(model), recipe)
+    workbench = Workbench(engine, found, trained_arrays(model), recipe)
     return Workshop(folder, tokenizer, model, workbench, max_length, device)

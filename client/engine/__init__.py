@@ -9,6 +9,7 @@ from client.engine.adaptive import AdaptiveClipping
 from client.engine.batches import Example
 from client.engine.clipping import FlatClipping, Group, GroupClipping, ShapedClipping
 from client.engine.engine import Engine, make_engine
+from client.engine.frozen import FrozenStates
 from client.engine.mechanism import PrivateSteps
 from client.engine.noise import NoiseSource
 from client.engine.optimizers import Adam, Sgd
@@ -22,6 +23,7 @@ __all__ = [
     "Engine",
     "Example",
     "FlatClipping",
+    "FrozenStates",
     "Group",
     "GroupClipping",
     "ModuleShaper",
