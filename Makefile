@@ -15,7 +15,7 @@ CONSTRAINT := $(if $(filter cuda,$(TORCH)),,--constraint constraints-cpu.txt)
 OUTPUT := $(if $(output),--output $(output),)
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate test test-slow test-crash test-faults test-deployment check format benchmarks protos clean
+.PHONY: help simulate test test-slow test-crash test-faults test-deployment docs check format benchmarks protos clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -38,6 +38,10 @@ test-faults: $(STAMP)  ## kill -9 of every process of a loopback federation in m
 
 test-deployment: $(STAMP)  ## as root: images, a coordinator and two organisations as containers, three faults
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/provision/test_compose.py tests/deployment/test_containers.py -v -rs $(ARGS)
+
+docs: $(STAMP)  ## build the site in docs/_build/html, without a network; a warning is an error
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -n -q -b html -d docs/_build/doctrees docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

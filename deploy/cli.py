@@ -31,6 +31,7 @@ from deploy.options import with_run_options
 from deploy.plan_commands import calibrate, plan
 from deploy.policy_commands import policy_app, register_budget
 from deploy.provision_commands import provision_app
+from deploy.report import report as write_report_again
 from deploy.trainer_commands import register as register_trainer
 
 app = typer.Typer(
@@ -87,6 +88,7 @@ def _simulate(config: RunConfig, as_json: Json = False, log_format: LogFormat = 
 
 
 app.command("simulate")(with_run_options(_simulate))
+app.command("report")(write_report_again)
 app.command("plan")(plan)
 app.command("calibrate")(calibrate)
 app.add_typer(accountant_app)
@@ -108,9 +110,11 @@ def evaluate(
     adapter: Annotated[Path, typer.Option("--adapter", help="adapter folder of a run")],
     eval_data: Annotated[str, typer.Option("--eval-data", help="public evaluation set, or 'demo'")],
     model: Annotated[str | None, typer.Option("--model", help="backbone; default: the one it was trained on")] = None,
-    prompt_column: Annotated[str | None, typer.Option("--prompt-column")] = None,
-    completion_column: Annotated[str | None, typer.Option("--completion-column")] = None,
-    label_column: Annotated[str | None, typer.Option("--label-column")] = None,
+    prompt_column: Annotated[str | None, typer.Option("--prompt-column", help="column with the prompt or text")] = None,
+    completion_column: Annotated[
+        str | None, typer.Option("--completion-column", help="column with the completion")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option("--label-column", help="column with the class")] = None,
     as_json: Json = False,
 ) -> None:
     """Score a saved adapter on a public set, through stock ``peft``."""
@@ -132,7 +136,7 @@ def generate(
     adapter: Annotated[Path, typer.Option("--adapter", help="adapter folder of a run")],
     prompt: Annotated[str, typer.Option("--prompt", help="what to answer")],
     model: Annotated[str | None, typer.Option("--model", help="backbone; default: the one it was trained on")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="tokens of the answer")] = 64,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt with a saved adapter (greedy)."""

@@ -45,7 +45,7 @@ SUPERLINK = "127.0.0.1:8000"
 def _serve(
     folder: Folder = Path("coordinator"),
     host: Annotated[str, typer.Option("--host", help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="port to listen on")] = 8000,
     tls_certificate: Annotated[Path | None, typer.Option("--tls-certificate", help="PEM")] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", help="PEM")] = None,
     tls_authority: Annotated[Path | None, typer.Option("--tls-authority", help="PEM")] = None,
@@ -75,7 +75,7 @@ def _serve(
     where = f"{host}:{port}"
     services = [
         Service("superlink", superlink_command(home, host, port, tls, secret), environment),
-        Service("superexec", superexec_command(where, tls, secret), environment),
+        Service("superexec", superexec_command(where, tls, secret), environment, may_leave_work=True),
     ]
     say(f"coordinator listens on {where}; its folder is {home}")
     Supervisor(services, say, child_listener(log_format)).run()
@@ -173,11 +173,17 @@ def _stop(
 def _resume(
     run: RunName,
     folder: Folder = Path("coordinator"),
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--without", help="an organisation that is gone for good: certify without its part, and say so"),
+    ] = None,
     superlink: SuperLink = SUPERLINK,
     tls_authority: Authority = None,
 ) -> None:
     """Go on with a run that was stopped, has failed or was killed, from its checkpoint."""
     found = find(folder, run)
+    if without:
+        found.leave_out(without)
     with FlowerControl(superlink, tls_authority) as control:
         start(found, control)
     typer.echo(f"run {found.run_id} goes on after round {summary(found)['round']}")

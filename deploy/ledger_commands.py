@@ -114,6 +114,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "reasons": list(verdict.certificate.reasons),
         "run_id": verdict.certificate.run_id,
         "epsilons": {name: asdict(numbers) for name, numbers in verdict.epsilons.items()},
+        "absent": {one.part.client: one.reason for one in verdict.certificate.absent},
         "pinned": list(verdict.pinned),
         "unpinned": list(verdict.unpinned),
         "not_protected": list(verdict.certificate.not_protected),
@@ -128,6 +129,8 @@ def _verify(source: Source, anchor: Anchor = None, as_json: Json = False) -> Non
         _print_json(found)
         return
     _say(f"{source}: {found['entries']} lines, every one as it was written.")
+    if "head" in found:
+        _say(f"head {found['head']}")
     if not found["anchored"]:
         _say("Lines cut off at the end cannot be seen without --anchor, a head that was kept elsewhere.")
 

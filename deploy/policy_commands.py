@@ -6,6 +6,7 @@ Nothing here leaves the machine. ``check`` reads the records, to say before roun
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ organisation = {organisation_text}
 min-noise-multiplier = 0.5
 max-sample-rate = 0.2
 max-steps-per-round = 16
-backbones = []                # SHA-256 of each backbone that may be trained
+backbones = {backbones}                # SHA-256 of each backbone that may be trained
 coordinator-keys = {coordinator_keys}
 accountant-keys = {accountant_keys}
 # expires = 2030-01-01
@@ -53,6 +54,7 @@ def render_policy(
     target_epsilon: float,
     coordinator_keys: list[str],
     accountant_keys: list[str],
+    backbones: Sequence[str] = (),
 ) -> str:
     """A policy file for one data set, with a word on every setting."""
     return TEMPLATE.format(
@@ -64,6 +66,7 @@ def render_policy(
         target_delta=default_delta(declared_records),
         coordinator_keys=json.dumps(coordinator_keys),
         accountant_keys=json.dumps(accountant_keys),
+        backbones=json.dumps(list(backbones)),
     )
 
 
@@ -132,12 +135,15 @@ def budgets(policy_path: Path, ledger_path: Path) -> dict[str, DatasetSpent]:
 @policy_app.command("init")
 def _init(
     path: PolicyFile,
-    organisation: Annotated[str, typer.Option("--organisation")],
-    dataset: Annotated[str, typer.Option("--dataset")],
+    organisation: Annotated[str, typer.Option("--organisation", help="its name, as the coordinator calls it")],
+    dataset: Annotated[str, typer.Option("--dataset", help="name of the records that share one budget")],
     declared_records: Annotated[int, typer.Option("--declared-records", min=1, help="a public, rounded number")],
     coordinator_key: Annotated[list[str], typer.Option("--coordinator-key", help="pinned public key")],
     accountant_key: Annotated[list[str], typer.Option("--accountant-key", help="pinned public key")],
-    target_epsilon: Annotated[float, typer.Option("--target-epsilon")] = 3.0,
+    target_epsilon: Annotated[float, typer.Option("--target-epsilon", help="for the data set's lifetime")] = 3.0,
+    backbone: Annotated[
+        list[str] | None, typer.Option("--backbone", help="hash of one that may be trained; may be repeated")
+    ] = None,
 ) -> None:
     """Write a policy to start from; the file must not exist."""
     text = render_policy(
@@ -147,6 +153,7 @@ def _init(
         target_epsilon=target_epsilon,
         coordinator_keys=coordinator_key,
         accountant_keys=accountant_key,
+        backbones=backbone or (),
     )
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -158,7 +165,8 @@ def _init(
     except InvalidInput:
         path.unlink()
         raise
-    typer.echo(f"{path}: written; add the backbones that may be trained, then run 'cloister client policy check'")
+    first = "" if backbone else "add the backbones that may be trained, then "
+    typer.echo(f"{path}: written; {first}run 'cloister client policy check {path}'")
 
 
 @policy_app.command("check")

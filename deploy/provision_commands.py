@@ -117,7 +117,7 @@ def _list(federation: FederationFolder = HERE, as_json: Json = False) -> None:
 @provision_app.command("nodes")
 def _nodes(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="coordinator/nodes")],
-    superlink: Annotated[str, typer.Option("--superlink", metavar="HOST:PORT")],
+    superlink: Annotated[str, typer.Option("--superlink", metavar="HOST:PORT", help="the SuperLink")],
     root_certificates: Annotated[Path, typer.Option("--root-certificates", help="ca.crt")],
     watch: Annotated[
         float | None, typer.Option("--watch", metavar="SECONDS", min=0.5, help="look again, until it is ended")

@@ -107,6 +107,9 @@ def test_init_writes_a_policy_that_check_accepts(tmp_path):
     assert isinstance(run("policy", "init", path, "--organisation", "x", *options).exception, InvalidInput)
     assert isinstance(run("policy", "check", path, "--data", f"other={data}").exception, InvalidInput)
     assert isinstance(run("policy", "check", path, "--data", "other").exception, InvalidInput)
+    named = tmp_path / "named.toml"
+    run("policy", "init", named, "--organisation", "x", "--backbone", "ab", "--backbone", "cd", *options)
+    assert Policy.load(named).backbones == ("ab", "cd")
     spoiled = tmp_path / "spoiled.toml"
     bad = run("policy", "init", spoiled, "--organisation", "x", "--target-epsilon", -1, *options)
     assert isinstance(bad.exception, InvalidInput)

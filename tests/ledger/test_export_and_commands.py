@@ -83,6 +83,7 @@ def test_the_commands_say_what_they_found(path, tmp_path):
     assert "20 lines" in result.output
     assert "--anchor" in result.output
     found = json.loads(run(ledger_app, "verify", path, "--json").output)
+    assert f"head {found['head']}" in result.output
     anchor = tmp_path / "head"
     anchor.write_text(found["head"] + "\n")
     assert json.loads(run(ledger_app, "verify", path, "--anchor", anchor, "--json").output)["anchored"] is True
