@@ -16,10 +16,10 @@ from flwr.clientapp import ClientApp
 
 from client.trainer_service import RemoteTrainer
 from common.attestation import PartRequest, part_to_json
-from common.certificate import SignedPart
 from common.errors import CloisterError, InvalidInput
 from common.history import ListRequest, SignedHistory
 from common.messages import Arrays, Description, Refusal, Reply, Status, StatusCode, TrainRequest
+from common.parts import SignedPart
 
 
 class TrainerConnection(Protocol):

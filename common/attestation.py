@@ -1,7 +1,7 @@
 """A coordinator asks each organisation for its signed part of a run's certificate.
 
 Only who holds the coordinator's key can ask for its part, so that one coordinator's relay learns nothing of another's
-runs. The part says what that coordinator asked for and what began of it (``common/certificate.py``): nothing in it is
+runs. The part says what that coordinator asked for and what began of it (``common/parts.py``): nothing in it is
 computed from records.
 
 >>> from common.signing import SigningKey
@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from common.certificate import ClientPart, SignedPart
 from common.errors import InvalidInput
 from common.messages import Envelope
+from common.parts import ClientPart, SignedPart
 from common.signing import SigningKey, verify
 
 

@@ -20,35 +20,32 @@ from typing import Any
 
 from common.charge import charge
 from common.errors import InvalidInput, LedgerCorrupt, Refused
-from common.messages import Envelope
-from common.privacy import EdgeworthAccountant, SampledGaussian
-from common.signing import SigningKey, canonical, digest, verify
+from common.parts import Absent, Attested, ClientPart, SignedPart, sign_part
+from common.privacy import SampledGaussian
+from common.signing import SigningKey, canonical, verify
 from common.statement import statement_of
+
+__all__ = [
+    "Absent",
+    "Attested",
+    "Certificate",
+    "ClientPart",
+    "Epsilons",
+    "Estimate",
+    "SignedPart",
+    "Verdict",
+    "epsilons_of",
+    "estimate_of",
+    "issue",
+    "sign_part",
+    "statement",
+    "verify_certificate",
+]
 
 FORMAT = "cloister certificate"
 VERSION = 1
 TOLERANCE = 1e-6
 """How far, relatively, a stated ε may lie below the recomputed one: another machine's rounding, and nothing else."""
-
-
-@dataclass(frozen=True)
-class Attested:
-    """One reservation: in which round, at which place of the envelope, and what it cost (None: without privacy)."""
-
-    reservation_id: str
-    server_round: int
-    participation: int
-    event: SampledGaussian | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "event": None if self.event is None else self.event.to_json()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Attested:
-        """The inverse of ``to_json``."""
-        event = None if value["event"] is None else SampledGaussian.from_json(value["event"])
-        return cls(**{**value, "event": event})
 
 
 @dataclass(frozen=True)
@@ -58,77 +55,6 @@ class Estimate:
     epsilon: float
     skewness: float
     in_regime: bool
-
-
-@dataclass(frozen=True)
-class ClientPart:
-    """What one organisation signs.
-
-    Attributes:
-        run_id, client, dataset, public_key: who speaks, of which run and data set.
-        unit, relation, delta, sampler: what every ε here means.
-        target_epsilon: the budget; None without privacy.
-        declared_records, clipping_norm: declared constants.
-        envelope: charged as a whole; its ε is the guarantee, also for a run that ended early.
-        rounds: what began here, in order of reservation.
-        first_head, last_head: of the chain kept for this coordinator, before and after the run.
-        plan_hash: digest of run, data set and envelope; code_digest: of the program that trained.
-        mechanism: how records were clipped and noised (``common/mechanism.py``); several only if a run changed it.
-    """
-
-    run_id: str
-    client: str
-    dataset: str
-    public_key: str
-    relation: str
-    delta: float
-    target_epsilon: float | None
-    declared_records: int
-    clipping_norm: float
-    envelope: Envelope
-    rounds: tuple[Attested, ...]
-    first_head: str
-    last_head: str
-    code_digest: str
-    unit: str = "record"
-    sampler: str = "poisson"
-    mechanism: str = ""
-
-    @property
-    def private(self) -> bool:
-        """Whether everything that began was noised and sampled as an event says."""
-        return self.target_epsilon is not None and all(item.event is not None for item in self.rounds)
-
-    @property
-    def plan_hash(self) -> str:
-        """What the client agreed to before the first round."""
-        return digest({"run_id": self.run_id, "dataset": self.dataset, "envelope": self.envelope.to_json()})
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that is signed, with its hash; the ε follow from it and are not repeated."""
-        body = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        body["envelope"] = self.envelope.to_json()
-        body["rounds"] = [item.to_json() for item in self.rounds]
-        return {**body, "plan_hash": self.plan_hash}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ClientPart:
-        """The inverse of ``to_json``; ValueError when the plan's hash is not that of the rest."""
-        body = {name: item for name, item in value.items() if name != "plan_hash"}
-        body["envelope"] = Envelope.from_json(body["envelope"])
-        body["rounds"] = tuple(Attested.from_json(item) for item in body["rounds"])
-        part = cls(**body)
-        if value["plan_hash"] != part.plan_hash:
-            raise ValueError(f"{part.client}: the plan's hash is not that of the envelope")
-        return part
-
-
-@dataclass(frozen=True)
-class SignedPart:
-    """A client's part with its signature, as kind ``certificate-part``."""
-
-    part: ClientPart
-    signature: str
 
 
 @dataclass(frozen=True)
@@ -160,6 +86,7 @@ class Certificate:
         private, reasons: whether the statement of ε holds for the whole run, and if not, why not.
         not_protected: what no ε here covers; notes: further facts, for people.
         methods: the other options of the run by name: clipping, weights, what was done to averages.
+        absent: organisations that took part and signed nothing; ``private`` speaks of the others.
     """
 
     run_id: str
@@ -187,13 +114,17 @@ class Certificate:
     notes: tuple[str, ...] = ()
     software: str = ""
     methods: Mapping[str, str] = field(default_factory=dict)
+    absent: tuple[Absent, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The object that is signed."""
+        """The object that is signed; ``absent`` is in it where somebody is."""
         body = {name: getattr(self, name) for name in self.__dataclass_fields__}
         body["parts"] = [{"part": item.part.to_json(), "signature": item.signature} for item in self.parts]
         body["accounted"] = {name: [item.to_json() for item in items] for name, items in self.accounted.items()}
         body["epsilons"] = {name: asdict(item) for name, item in self.epsilons.items()}
+        body["absent"] = [item.to_json() for item in self.absent]
+        if not self.absent:
+            del body["absent"]
         return body
 
     @classmethod
@@ -207,6 +138,7 @@ class Certificate:
             name: tuple(Attested.from_json(item) for item in items) for name, items in value["accounted"].items()
         }
         body["epsilons"] = {name: _epsilons_from_json(item) for name, item in value["epsilons"].items()}
+        body["absent"] = tuple(Absent.from_json(item) for item in value.get("absent", ()))
         for name in ("reasons", "not_protected", "notes"):
             body[name] = tuple(value[name])
         return cls(**body)
@@ -228,17 +160,6 @@ class Verdict:
     pinned: tuple[str, ...]
     unpinned: tuple[str, ...]
     statement: str = field(repr=False, default="")
-
-
-def sign_part(key: SigningKey, part: ClientPart) -> SignedPart:
-    """The client's signature over its part.
-
-    Raises:
-        InvalidInput: the part names another key.
-    """
-    if part.public_key != key.public_key:
-        raise InvalidInput(f"{part.client}: the part names another public key than the one that signs it")
-    return SignedPart(part, key.sign("certificate-part", part.to_json()))
 
 
 def epsilons_of(part: ClientPart, accounted: Sequence[Attested], estimate: Estimate | None = None) -> Epsilons:
@@ -265,6 +186,8 @@ def estimate_of(events: Sequence[SampledGaussian], *, relation: str, delta: floa
     """
     if not events or relation == "replace_one":
         return None
+    from common.privacy import EdgeworthAccountant  # here, because the relay loads this module and estimates nothing
+
     found = EdgeworthAccountant(order=2, tilted=True).compose_all(events).estimate(delta=delta)
     return Estimate(found.epsilon, found.skewness, found.in_regime)
 
@@ -305,7 +228,8 @@ def verify_certificate(source: bytes | Path | str, *, public_key: str | Collecti
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise LedgerCorrupt(f"the certificate is malformed: {error}") from error
     _check_signatures(certificate, body, signature)
-    epsilons = {item.part.client: _check_part(certificate, item.part) for item in certificate.parts}
+    every = [item.part for item in (*certificate.parts, *certificate.absent)]
+    epsilons = {part.client: _check_part(certificate, part) for part in every}
     _check_whole(certificate)
     keys = {public_key} if isinstance(public_key, str) else set(public_key or ())
     if keys and certificate.coordinator_key not in keys:
@@ -416,7 +340,9 @@ def _check_number(client: str, name: str, stated: float | None, found: float | N
 
 def _check_whole(certificate: Certificate) -> None:
     """No client twice or missing, no privacy stated that the parts do not bear out, no reason left out."""
-    names = [item.part.client for item in certificate.parts]
+    names = [item.part.client for item in (*certificate.parts, *certificate.absent)]
+    if not certificate.parts:
+        raise LedgerCorrupt("no organisation has signed anything")
     if (
         len(set(names)) < len(names)
         or set(names) != set(certificate.accounted)

@@ -10,9 +10,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from common.privacy import PLDAccountant, RDPAccountant, SampledGaussian
+from common.privacy import SampledGaussian
 from common.privacy.checks import Relation, TooLarge, known_relation
+
+if TYPE_CHECKING:
+    from common.privacy import PLDAccountant, RDPAccountant
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ def charge(events: Iterable[SampledGaussian], *, relation: str, delta: float) ->
 def _charge(events: tuple[SampledGaussian, ...], relation: Relation, delta: float) -> Charge:
     if not events:
         return Charge(0.0, 0.0)
+    from common.privacy import PLDAccountant, RDPAccountant  # here, because the relay loads this module for its types
+
     by_pld = _bound(PLDAccountant(relation=relation), events, delta)
     by_rdp = _bound(RDPAccountant(relation=relation), events, delta)
     # Without a PLD bound within its limits the Rényi bound stands in: an upper bound as well. Without either: infinity.

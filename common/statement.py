@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from common.parts import ABSENT, Absent
+
 if TYPE_CHECKING:
     from common.certificate import Certificate, Epsilons
 
@@ -69,6 +71,13 @@ def headline(certificate: Certificate) -> str:
     """Which run, how much of it was run, and whether it is private."""
     rounds = f"{certificate.rounds_run} of {certificate.rounds_planned} rounds"
     where = "a simulation" if certificate.simulation else "a federation"
+    if certificate.private and certificate.absent:
+        named = ", ".join(signed.part.client for signed in certificate.parts)
+        missing = ", ".join(one.part.client for one in certificate.absent)
+        return (
+            f"Run {certificate.run_id} ({where}, {rounds}) is differentially private for the records of {named}. "
+            f"NOT ATTESTED by {missing}: for what it did to its records there is the coordinator's word alone."
+        )
     if certificate.private:
         return f"Run {certificate.run_id} ({where}, {rounds}) is differentially private."
     reasons = "; ".join(certificate.reasons)
@@ -95,7 +104,20 @@ def _clients(certificate: Certificate, epsilons: Mapping[str, Epsilons]) -> list
         if numbers.epsilon < numbers.envelope_epsilon:
             line += f"; for what was reserved, if the stop was not decided from outputs, ε ≤ {_up(numbers.epsilon)}"
         lines.append(f"{line}{rdp}{estimate}")
+    lines += [_absent(one, epsilons[one.part.client], certificate.private) for one in certificate.absent]
     return ["\n".join(lines)] if lines else []
+
+
+def _absent(one: Absent, numbers: Epsilons, private: bool) -> str:
+    """Who signed nothing, why, and what the coordinator's own book says of it."""
+    part = one.part
+    line = f"- {part.client} ({part.dataset}): NOT ATTESTED: {ABSENT[one.reason]}"
+    if not private or numbers.envelope_epsilon is None or numbers.epsilon is None:
+        return f"{line}; no guarantee"
+    return (
+        f"{line}; if it trained as the coordinator's accountant reserved, ε ≤ {_up(numbers.envelope_epsilon)} at δ = "
+        f"{part.delta:g} (unit {part.unit}, relation {part.relation})"
+    )
 
 
 def who_is_protected(certificate: Certificate) -> str:
@@ -112,7 +134,8 @@ def who_is_protected(certificate: Certificate) -> str:
 def what_epsilon_means(certificate: Certificate, epsilons: Mapping[str, Epsilons]) -> str:
     """ε and δ for a reader who has never met them, with the numbers of the organisation that spends most."""
     deltas = {signed.part.client: signed.part.delta for signed in certificate.parts}
-    known = [(found.envelope_epsilon, name) for name, found in epsilons.items() if found.envelope_epsilon is not None]
+    attested = [(epsilons[name].envelope_epsilon, name) for name in deltas]
+    known = [(epsilon, name) for epsilon, name in attested if epsilon is not None]
     if not known:
         return ""
     epsilon, name = max(known)

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Protocol
 
-from common.certificate import Attested, Certificate, Epsilons, SignedPart, epsilons_of, estimate_of, issue
-from common.config import RunConfig
+from common.certificate import Certificate, Epsilons, epsilons_of, estimate_of, issue
+from common.config import RunConfig, default_delta
 from common.errors import InvalidInput
-from common.messages import Arrays, adapter_hash
+from common.messages import Arrays, Envelope, adapter_hash
+from common.parts import Absent, Attested, ClientPart, SignedPart
 from common.signing import SigningKey, verify
 from common.statement import not_protected
 from server.terms import RunTerms
 
-METHODS = ("clipping", "server_schedule", "averaging", "weights", "smoothing", "shrinkage")
+METHODS = ("clipping", "subspace", "server_schedule", "averaging", "weights", "smoothing", "shrinkage")
 """What a certificate names beside what has a field of its own: from the terms, which nobody can edit after round 1."""
 
 
@@ -57,14 +58,26 @@ def certify(
     final: Arrays,
     rounds_run: int,
     circumstances: Circumstances,
+    absent: Sequence[Absent] = (),
 ) -> bytes:
     """The signed certificate: each client has signed its own part, the coordinator signs the whole.
 
+    Args:
+        terms: of the run.
+        accountant: what it reserved counts, also for those who signed nothing.
+        coordinator: signs.
+        parts: of the clients that signed one.
+        final: the adapter.
+        rounds_run: how many.
+        circumstances: see there.
+        absent: the clients that signed none, and why (``absent_part``).
+
     Raises:
-        InvalidInput: it would not verify.
+        InvalidInput: it would not verify; nobody signed a part, for instance.
     """
     accounted = {client.name: accountant.attested(terms.run_id, client.name) for client in terms.clients}
-    epsilons = {item.part.client: _epsilons(item, accounted[item.part.client], terms) for item in parts}
+    every = [item.part for item in (*parts, *absent)]
+    epsilons = {part.client: _epsilons(part, accounted[part.client], terms) for part in every}
     head, signature = accountant.signed_head()
     certificate = Certificate(
         run_id=terms.run_id,
@@ -91,6 +104,7 @@ def certify(
         not_protected=not_protected(release="immediate", anchored=False, simulation=circumstances.simulation),
         notes=circumstances.notes,
         software=f"cloister {version('cloister')}",
+        absent=tuple(absent),
         methods={name.replace("_", "-"): str(getattr(terms, name)) for name in METHODS},
     )
     return issue(coordinator, certificate)
@@ -119,9 +133,31 @@ def reasons_against(config: RunConfig) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def _epsilons(item: SignedPart, accounted: Sequence[Attested], terms: RunTerms) -> Epsilons:
+def absent_part(terms: RunTerms, client: str, public_key: str, reason: str) -> Absent:
+    """What the coordinator can say of a client that signed nothing: the run's terms, and ``reason`` of ``ABSENT``."""
+    own = terms.client(client)
+    part = ClientPart(
+        run_id=terms.run_id,
+        client=client,
+        dataset=own.dataset,
+        public_key=public_key,
+        relation=terms.relation,
+        delta=own.target_delta or default_delta(own.declared_records),
+        target_epsilon=own.target_epsilon,
+        declared_records=own.declared_records,
+        clipping_norm=own.clipping_norm,
+        envelope=own.envelope or Envelope(()),
+        rounds=(),
+        first_head="",
+        last_head="",
+        code_digest="",
+    )
+    return Absent(part, reason)
+
+
+def _epsilons(part: ClientPart, accounted: Sequence[Attested], terms: RunTerms) -> Epsilons:
     events = [one.event for one in accounted if one.event is not None]
-    return epsilons_of(item.part, accounted, estimate_of(events, relation=terms.relation, delta=item.part.delta))
+    return epsilons_of(part, accounted, estimate_of(events, relation=terms.relation, delta=part.delta))
 
 
 def missing_parts(terms: RunTerms, parts: Mapping[str, SignedPart]) -> tuple[str, ...]:

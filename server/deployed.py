@@ -8,6 +8,7 @@
     HOME/runs/RUN/checkpoint.npz, metrics.jsonl, state.json, run.log
     HOME/runs/RUN/adapter.npz, certificate.json   what comes out
     HOME/runs/RUN/stop                            while this file is there, the run ends after the current round
+    HOME/runs/RUN/without                         clients that are gone for good: the certificate names them as absent
 
 Whatever is killed, the folder says where the run stands; a second process on one folder is refused.
 """
@@ -19,8 +20,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,15 @@ from flwr.serverapp import Grid
 from common import logs
 from common.accounts import Reconciled
 from common.attestation import PartRequest
-from common.certificate import SignedPart
 from common.config import RunConfig
 from common.errors import CloisterError, InvalidInput, Refused, Unavailable
 from common.messages import Arrays, Description, Envelope, adapter_hash
+from common.parts import SignedPart
 from common.recipe import check_recipe
 from common.signing import SigningKey
 from server.accountant import Denial, Outcome
 from server.accountants import Accountant, open_accountant
-from server.certify import Circumstances, certify, check_part, missing_parts, reasons_against
+from server.certify import Circumstances, absent_part, certify, check_part, missing_parts, reasons_against
 from server.checkpoint import write_atomically
 from server.exchange import Exchange, Failure
 from server.rounds import Finished, Listener, RoundLoop, keys_of
@@ -79,6 +80,29 @@ class RunFolder:
     def is_told_to_stop(self) -> bool:
         """Whether the run is to end after the current round."""
         return (self.path / "stop").exists()
+
+    @property
+    def without(self) -> frozenset[str]:
+        """Clients whose part of the certificate is not waited for, by the operator's word."""
+        file = self.path / "without"
+        return frozenset(file.read_text("utf-8").splitlines()) if file.exists() else frozenset()
+
+    def leave_out(self, names: Sequence[str]) -> None:
+        """Do not wait for the parts of these clients any more; one that gives its part all the same is no absentee.
+
+        Raises:
+            InvalidInput: the run has no such client, or has none at all yet.
+        """
+        file = self.path / "parties.json"
+        known = [one["client"] for one in json.loads(file.read_text("utf-8"))["descriptions"]] if file.exists() else []
+        for name in names:
+            if name not in known:
+                raise InvalidInput(
+                    f"{name!r} is no client of this run; its clients are {', '.join(known) or 'unknown yet'}"
+                )
+        write_atomically(
+            self.path / "without", "".join(f"{one}\n" for one in sorted(self.without | set(names))).encode()
+        )
 
     def state(self) -> dict[str, Any]:
         """What was last written about the run; ``state`` is ``submitted`` before anything was."""
@@ -293,59 +317,70 @@ def _certify(
     folder: RunFolder, config: RunConfig, terms: RunTerms, descriptions: Sequence[Description], exchange: Exchange,
     accountant: Accountant, coordinator: SigningKey, finished: Finished,
 ) -> None:  # fmt: skip
-    """Gather every client's signed part and write the certificate.
+    """Gather every client's signed part and write the certificate; who is gone for good is named in it as absent.
 
     Raises:
         Unavailable: a part is missing; everything else is done, and resuming the run asks for it again.
     """
     folder.note("certifying")
-    parts = _gather(folder, terms, keys_of(list(descriptions)), exchange, coordinator)
-    if missing := missing_parts(terms, parts):
+    keys = keys_of(list(descriptions))
+    parts, reasons = _gather(folder, terms, keys, exchange, coordinator)
+    missing = missing_parts(terms, parts)
+    if waited_for := [name for name in missing if name not in folder.without]:
         raise Unavailable(
-            f"the rounds are done, but {', '.join(missing)} gave no signed part of the certificate: when their "
-            f"trainers answer again, 'cloister coordinator runs resume {terms.run_id}' asks for it"
+            f"the rounds are done, but {', '.join(waited_for)} gave no signed part of the certificate: when their "
+            f"trainers answer again, 'cloister coordinator runs resume {terms.run_id}' asks for it; --without NAME "
+            "certifies without the part of one that is gone for good, and the certificate says so"
         )
     data = certify(
         terms=terms,
         accountant=accountant,
         coordinator=coordinator,
-        parts=[parts[client.name] for client in terms.clients],
+        parts=[parts[client.name] for client in terms.clients if client.name in parts],
         final=finished.adapter,
         rounds_run=finished.metrics[-1]["round"],
         circumstances=Circumstances(simulation=False, reasons=reasons_against(config)),
+        absent=[absent_part(terms, name, keys[name], reasons[name]) for name in missing],
     )
     write_atomically(folder.path / "certificate.json", data)
 
 
 def _gather(
     folder: RunFolder, terms: RunTerms, keys: Mapping[str, str], exchange: Exchange, coordinator: SigningKey
-) -> dict[str, SignedPart]:
-    """The parts that came and are their clients' own word; who is silent is asked again a few times."""
+) -> tuple[dict[str, SignedPart], dict[str, str]]:
+    """The parts that came and are their clients' own word, and why the others did not (``common.parts.ABSENT``).
+
+    Who is silent is asked again a few times, but for those whom the operator has given up.
+    """
     parts: dict[str, SignedPart] = {}
-    for _ in range(PART_TRIES):
-        if not (names := missing_parts(terms, parts)):
+    reasons = dict.fromkeys(keys, "unreachable")
+    for attempt in range(PART_TRIES):
+        missing = missing_parts(terms, parts)
+        if attempt and set(missing) <= folder.without:
             break
         requests = {}
-        for name in _connected(names, exchange):
+        for name in _connected(missing, folder.without, exchange):
             client = terms.client(name)
             requests[name] = PartRequest.sign(
                 coordinator, terms.run_id, name, client.dataset, client.envelope or Envelope(())
             )
         for name, answer in exchange.parts(requests, PART_TIMEOUT_S):
+            reasons[name] = "silent" if isinstance(answer, Failure) else "unusable"
             try:
                 if isinstance(answer, Failure):
                     raise Unavailable(answer.reason)
                 parts[name] = check_part(answer, client=name, public_key=keys[name], run_id=terms.run_id)
             except CloisterError as error:
                 folder.say(f"{name}: no usable part of the certificate: {error}", "warning", client=name)
-    return parts
+    return parts, reasons
 
 
-def _connected(names: Sequence[str], exchange: Exchange) -> tuple[str, ...]:
-    try:
-        return exchange.await_present(names, len(names), PART_TIMEOUT_S)
-    except Unavailable:
-        return exchange.present(names)
+def _connected(names: Sequence[str], given_up: Collection[str], exchange: Exchange) -> tuple[str, ...]:
+    """Those of ``names`` that are connected; nobody waits for those who were given up."""
+    waited_for = [name for name in names if name not in given_up]
+    with suppress(Unavailable):
+        exchange.await_present(waited_for, len(waited_for), PART_TIMEOUT_S)
+    return exchange.present(names)
 
 
 def initial_adapter(folder: Path, description: Description) -> Arrays:

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from common.privacy import checks
-from common.privacy.pairs import Array
+
+if TYPE_CHECKING:
+    from common.privacy.pairs import Array
 
 MAX_CONDITION: Final = 1e3
 _DOWN: Final = 1 - 1e-14

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from common.attestation import PartRequest, part_from_json
-from common.certificate import SignedPart
 from common.errors import InvalidInput
 from common.history import ListRequest, SignedHistory
 from common.mechanism import Mechanism
 from common.messages import Arrays, Description, Plan, Refusal, Reply, Status, StatusCode, TrainRequest
+from common.parts import SignedPart
 from common.signing import canonical
 from common.wire import trainer_pb2
 from common.wire.shared import (

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from common.certificate import (
+    Absent,
     Attested,
     Certificate,
     ClientPart,
@@ -280,3 +281,61 @@ def test_what_is_not_protected_follows_from_the_set_up(options, words):
     assert words in " ".join(items)
     assert any("timing" in item for item in items) == (options.get("release") != "slot")
     assert any("set back" in item for item in items) == (not options.get("anchored", False))
+
+
+def nothing_signed(name="clinic-b", **changes):
+    values = {"rounds": (), "first_head": "", "last_head": "", "code_digest": ""}
+    return part(OTHER, name, **{**values, **changes})
+
+
+def without_clinic_b(accounted=None, absent=None, **changes):
+    """clinic-a has signed; clinic-b took part in rounds 1 and 2 and is gone."""
+    absent = absent or Absent(nothing_signed(), "unreachable")
+    accounted = accounted or {"clinic-a": attested(0, 1), "clinic-b": attested(0, 1)}
+    every = [part(), absent.part]
+    epsilons = {one.client: epsilons_of(one, accounted[one.client]) for one in every if one.client in accounted}
+    return certificate(part(), accounted=accounted, epsilons=epsilons, absent=(absent,), **changes)
+
+
+def test_an_absent_organisation_is_named_and_its_epsilon_is_the_coordinators_word_alone():
+    verdict = verify_certificate(issue(COORDINATOR, without_clinic_b()))
+    assert verdict.private
+    assert verdict.epsilons["clinic-b"].epsilon == pytest.approx(verdict.epsilons["clinic-a"].epsilon)
+    assert Certificate.from_json(verdict.certificate.to_json()) == verdict.certificate
+    assert "clinic-b" not in verdict.pinned + verdict.unpinned  # it signed nothing that a key could vouch for
+    first, *lines = verdict.statement.splitlines()
+    assert "is differentially private for the records of clinic-a" in first
+    assert "NOT ATTESTED by clinic-b" in first
+    (own,) = [line for line in lines if line.startswith("- clinic-b")]
+    assert "NOT ATTESTED: it was not connected when the run ended" in own
+    assert "if it trained as the coordinator's accountant reserved" in own
+
+
+@pytest.mark.parametrize(
+    ("forged", "message"),
+    [
+        (lambda: replace(without_clinic_b(), parts=()), "signed anything"),
+        (lambda: replace(without_clinic_b(), absent=()), "same clients"),
+        (lambda: without_clinic_b(absent=Absent(nothing_signed("clinic-a"), "silent")), "same clients"),
+        (lambda: without_clinic_b({"clinic-a": attested(0, 1), "clinic-b": attested(0, 3)}), "outside the envelope"),
+        (lambda: without_clinic_b(absent=Absent(nothing_signed(run_id="run-2"), "silent")), "another run"),
+        (lambda: without_clinic_b(absent=Absent(nothing_signed(target_epsilon=0.5), "silent")), "above its budget"),
+        (lambda: without_clinic_b({"clinic-a": attested(0, 1), "clinic-b": attested(0, event=None)}), "speaks against"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_lie_about_an_absent_organisation_is_found(forged, message):
+    with pytest.raises(LedgerCorrupt, match=message):
+        verify_certificate(forge(forged()))
+
+
+def test_nothing_is_attested_for_who_signed_nothing_and_the_reason_is_one_of_three():
+    with pytest.raises(ValueError, match="nothing can be attested"):
+        Absent(part(OTHER, "clinic-b"), "silent")
+    with pytest.raises(ValueError, match="no reason"):
+        Absent(nothing_signed(), "they would not tell")
+    body = without_clinic_b().to_json()
+    body["absent"][0]["reason"] = "they would not tell"
+    outer = {"format": "cloister certificate", "version": 1, "certificate": body}
+    with pytest.raises(LedgerCorrupt, match="malformed"):
+        verify_certificate(canonical({**outer, "signature": COORDINATOR.sign("certificate", body)}))

@@ -17,6 +17,7 @@ from client.relay import build_relay
 from common.certificate import verify_certificate
 from common.charge import charge
 from common.config import RunConfig
+from common.errors import InvalidInput, Unavailable
 from common.ledger import Ledger
 from common.messages import Description, Status, StatusCode, adapter_hash
 from common.recipe import recipe_of
@@ -24,6 +25,7 @@ from common.signing import SigningKey
 from deploy.inprocess_grid import InProcessGrid
 from server.accountant import EmbeddedAccountant
 from server.app import HOME_VARIABLE, app
+from server.deployed import RunFolder
 
 INITIAL = {"layer.lora_B": np.zeros((3, 2), dtype=np.float32)}
 SHAPES = {name: array.shape for name, array in INITIAL.items()}
@@ -179,3 +181,43 @@ def test_a_reply_given_twice_is_counted_once(world):
     one.clients["bad"].train = twice
     np.testing.assert_array_equal(one.run(), np.full((3, 2), float(ROUNDS), np.float32))
     one.check_books()
+
+
+def without_a_signature(client, request):
+    return replace(client.guard.signed_part(request, code_digest="c" * 64), signature="")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(lambda client, request: Status(StatusCode.UNAVAILABLE), "silent"), (without_a_signature, "unusable")],
+)
+def test_a_client_that_signs_nothing_holds_the_certificate_up_until_it_is_given_up(world, answer, reason):
+    """What it trained counts all the same, and the certificate says that this is the coordinator's word alone."""
+    one = world(lambda client, reply: reply)
+    bad = one.clients["bad"]
+    bad.signed_part = lambda request: answer(bad, request)
+    with pytest.raises(Unavailable, match=r"bad gave no signed part.*--without"):
+        one.run()
+    assert not (one.folder / "certificate.json").exists()
+    folder = RunFolder(one.folder, one.home)
+    with pytest.raises(InvalidInput, match="'nobody' is no client of this run; its clients are bad, good"):
+        folder.leave_out(["nobody"])
+    folder.leave_out(["bad"])
+    np.testing.assert_array_equal(one.run(), np.full((3, 2), float(ROUNDS), np.float32))
+    one.check_books()
+    verdict = verify_certificate(one.folder / "certificate.json")
+    assert [(absent.part.client, absent.reason) for absent in verdict.certificate.absent] == [("bad", reason)]
+    assert "NOT ATTESTED by bad" in verdict.statement
+
+
+def test_a_client_that_was_given_up_and_comes_back_signs_its_part(world):
+    one = world(lambda client, reply: reply)
+    bad = one.clients["bad"]
+    bad.signed_part = lambda request: Status(StatusCode.UNAVAILABLE)
+    with pytest.raises(Unavailable):
+        one.run()
+    RunFolder(one.folder, one.home).leave_out(["bad"])
+    del bad.signed_part
+    one.run()
+    one.check_books()
+    assert verify_certificate(one.folder / "certificate.json").certificate.absent == ()

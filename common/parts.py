@@ -1,0 +1,156 @@
+"""What a certificate is put together from: reservations, the organisations' own signed parts, and who gave none.
+
+An organisation signs what it attests: the events that began there, under which reservations, between which heads of its
+chain. One that is gone for good cannot; then the coordinator may name it as absent, with what its own accountant
+reserved for it. That is the coordinator's word alone, and every statement made from the certificate says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from common.errors import InvalidInput
+from common.messages import Envelope
+from common.privacy import SampledGaussian
+from common.signing import SigningKey, digest
+
+ABSENT = {
+    "unreachable": "it was not connected when the run ended",
+    "silent": "its trainer gave no part when it was asked",
+    "unusable": "what it gave is not its signed word on this run",
+}
+"""Why a part can be missing, and how a statement says it."""
+
+
+@dataclass(frozen=True)
+class Attested:
+    """One reservation: in which round, at which place of the envelope, and what it cost (None: without privacy)."""
+
+    reservation_id: str
+    server_round: int
+    participation: int
+    event: SampledGaussian | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "event": None if self.event is None else self.event.to_json()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Attested:
+        """The inverse of ``to_json``."""
+        event = None if value["event"] is None else SampledGaussian.from_json(value["event"])
+        return cls(**{**value, "event": event})
+
+
+@dataclass(frozen=True)
+class ClientPart:
+    """What one organisation signs.
+
+    Attributes:
+        run_id, client, dataset, public_key: who speaks, of which run and data set.
+        unit, relation, delta, sampler: what every ε here means.
+        target_epsilon: the budget; None without privacy.
+        declared_records, clipping_norm: declared constants.
+        envelope: charged as a whole; its ε is the guarantee, also for a run that ended early.
+        rounds: what began here, in order of reservation.
+        first_head, last_head: of the chain kept for this coordinator, before and after the run.
+        plan_hash: digest of run, data set and envelope; code_digest: of the program that trained.
+        mechanism: how records were clipped and noised (``common/mechanism.py``); several only if a run changed it.
+    """
+
+    run_id: str
+    client: str
+    dataset: str
+    public_key: str
+    relation: str
+    delta: float
+    target_epsilon: float | None
+    declared_records: int
+    clipping_norm: float
+    envelope: Envelope
+    rounds: tuple[Attested, ...]
+    first_head: str
+    last_head: str
+    code_digest: str
+    unit: str = "record"
+    sampler: str = "poisson"
+    mechanism: str = ""
+
+    @property
+    def private(self) -> bool:
+        """Whether everything that began was noised and sampled as an event says."""
+        return self.target_epsilon is not None and all(item.event is not None for item in self.rounds)
+
+    @property
+    def plan_hash(self) -> str:
+        """What the client agreed to before the first round."""
+        return digest({"run_id": self.run_id, "dataset": self.dataset, "envelope": self.envelope.to_json()})
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that is signed, with its hash; the ε follow from it and are not repeated."""
+        body = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        body["envelope"] = self.envelope.to_json()
+        body["rounds"] = [item.to_json() for item in self.rounds]
+        return {**body, "plan_hash": self.plan_hash}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ClientPart:
+        """The inverse of ``to_json``; ValueError when the plan's hash is not that of the rest."""
+        body = {name: item for name, item in value.items() if name != "plan_hash"}
+        body["envelope"] = Envelope.from_json(body["envelope"])
+        body["rounds"] = tuple(Attested.from_json(item) for item in body["rounds"])
+        part = cls(**body)
+        if value["plan_hash"] != part.plan_hash:
+            raise ValueError(f"{part.client}: the plan's hash is not that of the envelope")
+        return part
+
+
+@dataclass(frozen=True)
+class SignedPart:
+    """A client's part with its signature, as kind ``certificate-part``."""
+
+    part: ClientPart
+    signature: str
+
+
+@dataclass(frozen=True)
+class Absent:
+    """An organisation that took part and signed nothing, in the coordinator's words.
+
+    Attributes:
+        part: what the run's terms and the organisation's public facts say; nothing in it is attested, so it lists no
+            rounds and no heads.
+        reason: one of ``ABSENT``.
+    """
+
+    part: ClientPart
+    reason: str
+
+    def __post_init__(self) -> None:
+        part = self.part
+        if self.reason not in ABSENT:
+            raise ValueError(f"{self.reason!r} is no reason why a part can be missing")
+        if part.rounds or part.first_head or part.last_head or part.code_digest:
+            raise ValueError(f"{part.client} signed nothing, so nothing can be attested for it")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"part": self.part.to_json(), "reason": self.reason}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Absent:
+        """The inverse of ``to_json``; ValueError for any other reason, or where something is attested."""
+        return cls(ClientPart.from_json(value["part"]), str(value["reason"]))
+
+
+def sign_part(key: SigningKey, part: ClientPart) -> SignedPart:
+    """The client's signature over its part.
+
+    Raises:
+        InvalidInput: the part names another key.
+    """
+    if part.public_key != key.public_key:
+        raise InvalidInput(f"{part.client}: the part names another public key than the one that signs it")
+    return SignedPart(part, key.sign("certificate-part", part.to_json()))
