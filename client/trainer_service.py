@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import grpc
 
 from common.attestation import PartRequest
-from common.certificate import SignedPart
 from common.errors import CloisterError, InvalidInput, Unavailable
 from common.history import ListRequest, SignedHistory
 from common.messages import Description, Refusal, Reply, Status, StatusCode, TrainRequest
+from common.parts import SignedPart
 from common.wire import trainer as translate
 from common.wire import trainer_pb2_grpc
 
@@ -88,6 +88,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):  # type: ignore[misc]
 def serve(trainer: Trains, address: str, *, workers: int = 4) -> grpc.Server:
     """Start answering on ``address`` (``unix:PATH``, or ``host:port`` of a network that only the relay shares).
 
+    gRPC's health service beside it says SERVING for as long as the server runs, whatever the trainer is doing: whether
+    it trains, and for how long, may depend on records.
+
     Raises:
         Unavailable: the address cannot be bound.
     """
@@ -100,12 +103,22 @@ def serve(trainer: Trains, address: str, *, workers: int = 4) -> grpc.Server:
         ],
     )
     trainer_pb2_grpc.add_TrainerServicer_to_server(TrainerServicer(trainer), server)
+    _add_health(server)
     try:
         server.add_insecure_port(address)
     except RuntimeError as error:
         raise Unavailable(f"{address}: cannot listen there ({error})") from error
     server.start()
     return server
+
+
+def _add_health(server: grpc.Server) -> None:
+    from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # here: the relay loads this module, and serves none
+
+    status = health.HealthServicer()
+    for name in ("", SERVICE):
+        status.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
 
 
 class RemoteTrainer:

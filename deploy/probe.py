@@ -3,7 +3,7 @@
 url      https://127.0.0.1:8000/health ca.crt     answers 200
 grpc     127.0.0.1:9000                           gRPC health says SERVING, in plain text
 grpcs    127.0.0.1:9443 ca.crt tls.crt tls.key    the same with mutual TLS
-trainer  unix:/run/cloister/trainer.sock          the trainer describes itself
+grpc     unix:/run/cloister/trainer.sock          the same on a socket
 file     /tmp/looked                              was touched within the last minute
 """
 
@@ -43,13 +43,6 @@ def grpc_health(address: str, authority: str = "", certificate: str = "", key: s
         raise OSError(f"{address}: not serving")
 
 
-def trainer(address: str) -> None:
-    """Raises unless a trainer answers; it is asked for public facts only."""
-    from client.trainer_service import RemoteTrainer
-
-    RemoteTrainer(address).describe()
-
-
 def file(path: str) -> None:
     """Raises unless ``path`` was touched lately."""
     age = time.time() - Path(path).stat().st_mtime
@@ -61,7 +54,6 @@ KINDS: dict[str, Callable[..., None]] = {
     "url": url,
     "grpc": grpc_health,
     "grpcs": grpc_health,
-    "trainer": trainer,
     "file": file,
 }
 

@@ -40,12 +40,17 @@ class Service:
     """One process to keep alive.
 
     Attributes:
-        name: for messages. argv: program and arguments. environment: on top of this process's own and ``QUIET``.
+        name: for messages.
+        argv: program and arguments.
+        environment: on top of this process's own and ``QUIET``.
+        may_leave_work: what it has started goes on when it is killed (SuperExec's ServerApp, which needs it no more).
+            Otherwise whatever it started ends with it: a relay left behind by a SuperNode could answer nobody.
     """
 
     name: str
     argv: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    may_leave_work: bool = False
 
 
 def program(name: str) -> str:
@@ -112,9 +117,12 @@ class Supervisor:
         self._say(f"{service.name} started (process {process.pid})")
 
     def _revive(self, service: Service) -> None:
-        code = self._running[service.name].poll()
-        if code is None:
+        process = self._running[service.name]
+        if not _has_ended(process):
             return
+        if not service.may_leave_work:
+            _kill_group(process)
+        code = process.wait()
         lived = time.monotonic() - self._started[service.name]
         pause = FIRST_PAUSE_S if lived > STEADY_S else self._pause.get(service.name, FIRST_PAUSE_S)
         self._pause[service.name] = min(2 * pause, LONGEST_PAUSE_S)
@@ -125,13 +133,13 @@ class Supervisor:
     def _stop(self) -> None:
         for service in reversed(self._services):
             process = self._running.get(service.name)
-            if process is None or process.poll() is not None:
+            if process is None or process.returncode is not None:
                 continue
             process.terminate()
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                _kill_group(process)
+            deadline = time.monotonic() + STOP_S
+            while not _has_ended(process) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            _kill_group(process)
         for process in self._running.values():
             process.wait()
 
@@ -143,8 +151,13 @@ def _listen(process: subprocess.Popen[bytes], name: str, hear: Callable[[str, st
             hear(name, line.decode("utf-8", errors="replace"))
 
 
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has, without reaping it: until then its number, which is that of its group, cannot be another's."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """The process and whatever it started; each was given a session of its own."""
+    """The process and whatever it started; each was given a session of its own. It must not have been reaped."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

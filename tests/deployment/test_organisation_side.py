@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -149,6 +150,27 @@ def test_the_status_socket_is_the_owners_alone_and_replaces_a_dead_one(tmp_path)
         ask_status(tmp_path / "other.sock")
 
 
+def supervise_until(services, condition, said=None, limit_s=60.0):
+    """Run a supervisor here until ``condition`` holds, then stop it as an operator would."""
+    held = []
+
+    def stop():
+        deadline = time.monotonic() + limit_s
+        while not (holds := condition()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        held.append(holds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        threading.Thread(target=stop, daemon=True).start()
+        Supervisor(services, (said if said is not None else []).append).run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert held == [True]
+
+
 def test_a_dead_service_is_started_again_and_a_stop_ends_all(tmp_path):
     log = tmp_path / "starts"
     code = (
@@ -156,20 +178,52 @@ def test_a_dead_service_is_started_again_and_a_stop_ends_all(tmp_path):
         "time.sleep(0 if len(open(sys.argv[1]).readlines()) < 2 else 60)"
     )
     said = []
-    supervisor = Supervisor([Service("one", [sys.executable, "-S", "-c", code, str(log)])], said.append)
-
-    def stop_after_two_starts():
-        while not log.exists() or len(log.read_text().splitlines()) < 2:
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        threading.Thread(target=stop_after_two_starts, daemon=True).start()
-        supervisor.run()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    one = Service("one", [sys.executable, "-S", "-c", code, str(log)])
+    supervise_until([one], lambda: log.exists() and len(log.read_text().splitlines()) == 2, said)
     assert log.read_text().splitlines() == ["0", "0"]
     assert sum("started" in line and "process" in line for line in said) == 2
     assert any("ended (exit code 0)" in line for line in said)
+
+
+WITH_A_CHILD = """
+import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+with open(sys.argv[1], "a") as log:
+    log.write(f"{os.getpid()} {child.pid}\\n")
+time.sleep(600)
+"""
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("may_leave_work", [False, True])
+def test_what_a_killed_service_had_started_ends_with_it_unless_it_may_go_on(tmp_path, may_leave_work):
+    log = tmp_path / "starts"
+    killed = []
+
+    def started():
+        return (
+            [[int(number) for number in line.split()] for line in log.read_text().splitlines()] if log.exists() else []
+        )
+
+    def second_start():
+        if started() and not killed:
+            killed.append(started()[0])
+            os.kill(killed[0][0], signal.SIGKILL)
+        return len(started()) == 2 and is_running(killed[0][1]) == may_leave_work
+
+    command = [sys.executable, "-S", "-c", WITH_A_CHILD, str(log)]
+    try:
+        supervise_until([Service("one", command, may_leave_work=may_leave_work)], second_start)
+        deadline = time.monotonic() + 30
+        while any(map(is_running, started()[1])):  # a stop ends what the last one had started
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        if killed and is_running(killed[0][1]):
+            os.kill(killed[0][1], signal.SIGKILL)

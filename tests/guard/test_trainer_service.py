@@ -126,3 +126,18 @@ def test_random_bytes_do_not_break_the_service(remote, parties):
 def test_a_remote_malformed_answer_is_an_error_of_ours(remote):
     with pytest.raises(InvalidInput):
         translate.read_train_response(trainer_pb2.TrainResponse())
+
+
+def test_its_health_says_serving_while_it_runs_and_nothing_of_what_it_does(trainer, remote, tmp_path):
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(f"unix:{tmp_path}/trainer.sock") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", SERVICE):
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=20)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            assert [field.name for field in answer.DESCRIPTOR.fields] == ["status"]
+        with pytest.raises(grpc.RpcError) as unknown:
+            stub.Check(health_pb2.HealthCheckRequest(service="records"), timeout=20)
+        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+    assert trainer.reads == 0

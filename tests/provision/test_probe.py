@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from client.trainer_service import serve as serve_trainer
 from common.ledger import Ledger
 from common.signing import SigningKey
 from deploy.probe import main
@@ -47,6 +48,16 @@ def test_plain_grpc_health(tmp_path):
             assert main(["grpc", address]) == 0
         finally:
             server.stop(0).wait()
+
+
+def test_a_trainer_is_asked_on_its_socket(tmp_path):
+    address = f"unix:{tmp_path}/trainer.sock"
+    assert main(["grpc", address]) == 1
+    server = serve_trainer(None, address)
+    try:
+        assert main(["grpc", address]) == 0
+    finally:
+        server.stop(0).wait()
 
 
 def test_a_file_must_be_fresh(tmp_path):
