@@ -25,6 +25,7 @@ from deploy.accountant_commands import accountant_app
 from deploy.adapter_commands import adapter_app
 from deploy.backbone_commands import backbone_app
 from deploy.coordinator_commands import coordinator_app
+from deploy.dashboard_commands import register as register_dashboard
 from deploy.ledger_commands import certificate_app, ledger_app
 from deploy.logs import LogFormat, begin, report
 from deploy.options import with_run_options
@@ -98,6 +99,7 @@ register_budget(client_app)
 register_trainer(client_app)
 app.add_typer(client_app, name="client")
 app.add_typer(coordinator_app)
+register_dashboard(app)
 app.add_typer(ledger_app)
 app.add_typer(certificate_app)
 app.add_typer(provision_app)

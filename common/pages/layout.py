@@ -22,7 +22,9 @@ def environment(package: str, folder: str = "templates") -> Environment:
 
         assets       where ``pages.css`` and ``live.js`` are served, with the slash; None: a page that is one file,
                      with the stylesheet in it and no script
-        events       address of a server-sent stream; with it, parts with ``data-live`` follow the server's state
+        events       address of a server-sent stream; with it, parts with ``data-live`` and an id follow the server's
+                     state: the stream says ``event: state`` with ``{"version": …, "news": …}``
+        version      what that stream said when the page was made
 
     Filters: ``up`` (an ε with four decimals, rounded up), ``number``, ``when`` and ``ago``.
     """

@@ -18,12 +18,13 @@ from urllib.parse import parse_qs
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.errors import Unavailable
+from common.errors import CloisterError, Unavailable
 from common.pages.access import Token, Viewer
 from common.pages.assets import MEDIA_TYPES, asset
 
@@ -48,7 +49,7 @@ MOST_STREAMS = 200
 STREAM_LASTS_S = 300.0
 """A stream ends after this; the browser comes back by itself, and whether it may is asked anew."""
 
-_POLL_S, _HEARTBEAT_S = 0.2, 15.0
+_POLL_S, _HEARTBEAT_S = 0.25, 15.0
 
 
 class StrictHeaders:
@@ -132,7 +133,7 @@ class Streams:
     """Server-sent events: one word per change, to as many browsers as ``MOST_STREAMS``.
 
     Args:
-        changed: the version of what this viewer sees, and a sentence about what is new; asked five times a second.
+        changed: the version of what this viewer sees, and a sentence about what is new; asked four times a second.
     """
 
     def __init__(self) -> None:
@@ -152,7 +153,10 @@ class Streams:
         try:
             yield b"retry: 1000\n\n"
             while time.monotonic() - started < STREAM_LASTS_S:
-                version, news = changed()
+                try:
+                    version, news = await run_in_threadpool(changed)
+                except CloisterError:  # what was followed is gone: the browser asks again and is told
+                    return
                 if version != known:
                     known, spoke = version, time.monotonic()
                     yield f"event: state\ndata: {json.dumps({'version': version, 'news': news})}\n\n".encode()

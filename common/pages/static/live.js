@@ -64,17 +64,31 @@
     }
   }
 
-  const stream = new EventSource(address);
-  let known = null;
-  stream.addEventListener("state", (event) => {
+  let known = document.body.dataset.version || null;
+  let silence = null;
+
+  // A stream that ends is opened again by the browser; only when that takes longer is it worth a word.
+  function quiet() {
+    if (silence === null) silence = setTimeout(() => { connection.hidden = false; }, 3000);
+  }
+
+  function heard(event) {
+    clearTimeout(silence);
+    silence = null;
     connection.hidden = true;
     const state = JSON.parse(event.data);
-    // The first word after a reconnection tells what was missed meanwhile.
-    if (known !== null && known !== state.version) refresh(state.news);
-    else if (known === null && state.version !== document.body.dataset.version) refresh("");
+    if (known !== state.version) refresh(state.news);
     known = state.version;
-  });
-  stream.onerror = () => {
-    connection.hidden = false;
-  };
+  }
+
+  function follow() {
+    const stream = new EventSource(address);
+    stream.addEventListener("state", heard);
+    stream.onerror = () => {
+      quiet();
+      if (stream.readyState === EventSource.CLOSED) setTimeout(follow, 5000); // refused: the browser gives up, we do not
+    };
+  }
+
+  follow();
 })();
