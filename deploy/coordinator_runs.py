@@ -27,6 +27,8 @@ NOT_DEPLOYED = (
 """Settings of records or of one machine: in a federation each organisation has its own (``trainer.toml``)."""
 
 OVER = frozenset({"finished", "stopped", "failed"})
+NOTICED_S = 90.0
+"""A ServerApp hears at its next heartbeat, at most 30 s later, that its run was stopped; then it ends."""
 
 
 def prepare(home: Path, settings: Path, *, clients: int | None, initial: Path | None) -> RunFolder:
@@ -105,10 +107,12 @@ def stop(folder: RunFolder, control: FlowerControl, *, now: bool) -> str:
     task = current_task(folder, control)
     if task is not None and not task.is_over:
         control.stop(task.run_id)
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + NOTICED_S
     while folder.is_held:
         if time.monotonic() > deadline:
-            raise Unavailable(f"run {folder.run_id}: the SuperLink was told, but its task has not ended after 30 s")
+            raise Unavailable(
+                f"run {folder.run_id}: the SuperLink was told, but its task has not ended after {NOTICED_S:g} s"
+            )
         time.sleep(0.2)
     folder.note("stopped")
     return f"run {folder.run_id} was stopped; 'cloister coordinator runs resume {folder.run_id}' goes on"

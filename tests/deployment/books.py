@@ -8,8 +8,8 @@ from server.accountant import EmbeddedAccountant
 
 def began(federation, name, run):
     """The uses that began at an organisation, from its own ledger."""
-    coordinator = SigningKey.load(federation.home / "keys" / "coordinator.key").public_key
-    with Ledger(federation.folder / name / "ledger.sqlite", read_only=True) as ledger:
+    coordinator = federation.public_key("coordinator")
+    with Ledger(federation.client_ledger(name), read_only=True) as ledger:
         ledger.verify()
         journal = Journal(ledger)
         journal.catch_up()
@@ -18,7 +18,7 @@ def began(federation, name, run):
 
 def charged(federation, name):
     """Σε of the envelopes charged at an organisation."""
-    with Ledger(federation.folder / name / "ledger.sqlite", read_only=True) as ledger:
+    with Ledger(federation.client_ledger(name), read_only=True) as ledger:
         journal = Journal(ledger)
         journal.catch_up()
     return journal.spent("notes", None)[0]
@@ -26,7 +26,7 @@ def charged(federation, name):
 
 def accounted(federation, name, run):
     """What counts in the coordinator's book."""
-    with Ledger(federation.home / "ledger.sqlite", read_only=True) as ledger:
+    with Ledger(federation.ledger, read_only=True) as ledger:
         ledger.verify()
-        accountant = EmbeddedAccountant(ledger, SigningKey.load(federation.home / "keys" / "accountant.key"))
+        accountant = EmbeddedAccountant(ledger, SigningKey.load(federation.key_file("accountant")))
         return accountant.attested(run, name)

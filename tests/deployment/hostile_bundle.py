@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto
-from flwr.proto.control_pb2 import StartRunRequest
+from flwr.proto.control_pb2 import StartRunRequest, StreamLogsRequest
 from flwr.supercore.fab import Fab
 
 from deploy.flower_control import FlowerControl
@@ -116,7 +116,8 @@ def main() -> None:
             if run is not None and run.is_over:
                 break
             time.sleep(2)
-        print(control.logs(number))
+        for piece in control._client.StreamLogs(StreamLogsRequest(run_id=number, after_timestamp=0.0)):
+            print(piece.log_output, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,29 +53,73 @@ server-learning-rate = 0.05
 """
 
 
-class Loopback:
-    """Starts, kills and looks at the processes of one federation."""
+def demo_records(number):
+    return generate("county-office", 200, seed=number)
 
-    def __init__(self, folder: Path, sockets: Path, names=("east", "west")):
+
+class Loopback:
+    """Starts, kills and looks at the processes of one federation, in plain HTTP.
+
+    ``trainer`` and ``run`` are further lines of every trainer.toml and of the run's settings.
+    """
+
+    def __init__(
+        self, folder: Path, sockets: Path, names=("east", "west"), *, backbone=DEMO_BACKBONE, records=demo_records,
+        trainer="", run="",
+    ):  # fmt: skip
         self.folder, self.sockets, self.names = folder, sockets, names
         self.home = folder / "coordinator"
-        self.port = free_port()
+        self.port, self.run_lines = free_port(), run
         self.processes: dict[str, subprocess.Popen] = {}
-        keys = {
-            name: SigningKey.load_or_create(self.home / "keys" / f"{name}.key").public_key
-            for name in ("coordinator", "accountant")
-        }
+        self.provision()
         for number, name in enumerate(names):
             own = folder / name
             own.mkdir(parents=True)
-            records = generate("county-office", 200, seed=number)
-            (own / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-            (own / "policy.toml").write_text(POLICY.format(name=name, backbone=backbone_hash(DEMO_BACKBONE), **keys))
-            (own / "trainer.toml").write_text(TRAINER.format(name=name, backbone=DEMO_BACKBONE, sockets=sockets))
+            lines = [json.dumps(record) + "\n" for record in records(number)]
+            (own / "records.jsonl").write_text("".join(lines))
+            keys = {side: self.public_key(side) for side in ("coordinator", "accountant")}
+            (own / "policy.toml").write_text(POLICY.format(name=name, backbone=backbone_hash(backbone), **keys))
+            settings = TRAINER.format(name=name, backbone=backbone, sockets=sockets)
+            (own / "trainer.toml").write_text(settings + self.trainer_lines(name) + trainer)
+
+    def provision(self):
+        """The coordinator's keys; here nobody has a certificate."""
+        for side in ("coordinator", "accountant"):
+            SigningKey.load_or_create(self.home / "keys" / f"{side}.key")
+
+    def trainer_lines(self, name):
+        return ""
+
+    def key_file(self, side):
+        return self.home / "keys" / f"{side}.key"
+
+    def public_key(self, side):
+        return SigningKey.load(self.key_file(side)).public_key
+
+    @property
+    def ledger(self):
+        """The accountant's."""
+        return self.home / "ledger.sqlite"
+
+    def client_ledger(self, name):
+        """An organisation's own."""
+        return self.folder / name / "ledger.sqlite"
 
     @property
     def address(self):
+        """The SuperLink's, on the coordinator's inner network."""
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def authority(self):
+        """What the SuperLink's certificate is checked against."""
+        return None
+
+    @property
+    def control(self):
+        """Options of the operator's commands."""
+        options = ["--folder", str(self.home), "--superlink", self.address]
+        return options if self.authority is None else [*options, "--tls-authority", str(self.authority)]
 
     def log(self, name):
         return (self.folder / f"{name}.log").read_text()
@@ -99,9 +143,13 @@ class Loopback:
 
     def start_node(self, name):
         self.start(
-            f"{name}-node", "client", "join", "--coordinator", self.address, "--insecure", "--trainer",
+            f"{name}-node", "client", "join", "--coordinator", self.address_for(name), "--insecure", "--trainer",
             f"unix:{self.sockets}/{name}.sock",
         )  # fmt: skip
+
+    def address_for(self, name):
+        """Where an organisation's node finds the coordinator."""
+        return self.address
 
     def call(self, *arguments, timeout=120):
         """One command to its end."""
@@ -109,16 +157,23 @@ class Loopback:
             [*CLOISTER, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout
         )
 
-    def submit(self, rounds=3, quorum=1):
+    def submit(self, rounds=3, quorum=1, initial=None):
         """A run's name, as ``submit`` prints it."""
         settings = self.folder / "run.toml"
-        settings.write_text(RUN.format(rounds=rounds, quorum=quorum))
-        done = self.call(
-            "coordinator", "submit", str(settings), "--folder", str(self.home), "--superlink", self.address,
-            "--clients", str(len(self.names)), "--json",
-        )  # fmt: skip
+        settings.write_text(RUN.format(rounds=rounds, quorum=quorum) + self.run_lines)
+        clients = ["--clients", str(len(self.names)), *(["--initial", str(initial)] if initial else [])]
+        done = self.call("coordinator", "submit", str(settings), *clients, *self.control, "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["run_id"]
+
+    def runs(self, command, run, *options):
+        """``cloister coordinator runs stop|resume|show`` with a SuperLink to speak to."""
+        control = self.control if command in ("stop", "resume") else self.control[:2]
+        return self.call("coordinator", "runs", command, run, *options, *control)
+
+    def run_log(self, run):
+        file = self.home / "runs" / run / "run.log"
+        return file.read_text() if file.exists() else ""
 
     def state(self, run):
         try:
@@ -144,12 +199,21 @@ class Loopback:
 
         def answers():
             try:
-                reach(self.address, None)
+                reach(self.address, self.authority)
             except Exception:
                 return False
             return True
 
         self.wait("the coordinator answers", answers, 90)
+
+    def start_all(self):
+        """Coordinator, trainers and nodes, in an order in which nobody has to try twice."""
+        self.start_coordinator()
+        for name in self.names:
+            self.start_trainer(name)
+        self.wait_listening()
+        for name in self.names:
+            self.start_node(name)
 
     def wait_end(self, run, limit_s=400):
         self.wait("the run ends", lambda: self.state(run)["state"] in ("finished", "stopped", "failed"), limit_s)

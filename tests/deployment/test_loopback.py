@@ -1,8 +1,13 @@
-"""Real processes on loopback, by the documented commands: SuperLink, two SuperNodes, two trainers, three rounds."""
+"""Real processes on loopback, by the documented commands: kits, TLS, the door, SuperLink, two SuperNodes, two trainers.
+
+Where nginx is installed the organisations come through the deployment's own door; without it they reach the SuperLink's
+TLS directly.
+"""
 
 import json
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +16,13 @@ import pytest
 from client.progress import ask_status
 from common.certificate import verify_certificate
 from common.charge import charge
+from deploy.provision import Federation, init
 
 sys.path.insert(0, str(Path(__file__).parent))
 from books import accounted, began
-from loopback import Loopback
+from secured import Secured
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +34,11 @@ def sockets():
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory, sockets):
     """After three rounds, with everything still running."""
-    made = Loopback(tmp_path_factory.mktemp("federation"), sockets)
+    made = Secured(tmp_path_factory.mktemp("federation"), sockets)
     try:
-        made.start_coordinator()
-        for name in made.names:
-            made.start_trainer(name)
-        made.wait_listening()
-        for name in made.names:
-            made.start_node(name)
+        made.start_all()
         made.run = made.submit(rounds=3)
-        made.ended = made.wait_end(made.run)
+        made.ended = made.wait_end(made.run, 600)
         yield made
     finally:
         made.stop()
@@ -50,8 +51,12 @@ def test_three_rounds_end_with_an_adapter_and_a_certificate_that_verifies(federa
     with np.load(folder / "adapter.npz") as adapter:
         assert all(np.isfinite(adapter[name]).all() for name in adapter.files)
         assert any(np.any(adapter[name]) for name in adapter.files)
-    verified = federation.call("certificate", "verify", str(folder / "certificate.json"))
+    keys = [federation.public_key(side) for side in ("coordinator", "accountant")]
+    keys += [(kit / "client.pub").read_text().strip() for kit in federation.kits.values()]
+    pinned = [part for key in keys for part in ("--public-key", key)]
+    verified = federation.call("certificate", "verify", str(folder / "certificate.json"), *pinned, "--json")
     assert verified.returncode == 0, verified.stderr
+    assert json.loads(verified.stdout)["unpinned"] == []
     assert verify_certificate(folder / "certificate.json").certificate.rounds_run == 3
 
 
@@ -76,11 +81,9 @@ def test_the_trainer_tells_its_own_organisation_what_is_left(federation, sockets
 
 
 def test_a_run_can_be_looked_at(federation):
-    shown = federation.call("coordinator", "runs", "show", federation.run, "--folder", str(federation.home), "--json")
-    found = json.loads(shown.stdout)
+    found = json.loads(federation.runs("show", federation.run, "--json").stdout)
     assert (found["state"], found["round"], found["rounds"], found["certificate"]) == ("finished", 3, 3, True)
-    log = (federation.home / "runs" / federation.run / "run.log").read_text()
-    assert "round 3/3: sent to east, west" in log
+    assert "round 3/3: sent to east, west" in federation.run_log(federation.run)
 
 
 def test_a_second_trainer_on_one_ledger_is_refused(federation):
@@ -101,16 +104,36 @@ def test_another_backbone_is_refused_before_ledger_or_data(federation, tmp_path)
     assert not (tmp_path / "ledger.sqlite").exists()
 
 
+def test_the_kit_of_another_federation_does_not_join(federation, tmp_path):
+    """Its authority did not sign this coordinator's certificate: the check before joining says so; nothing starts."""
+    init(tmp_path / "other", f"127.0.0.1:{federation.door_port}", datetime.now(UTC))
+    kit = Federation(tmp_path / "other").add("east", datetime.now(UTC))
+    address = json.loads((federation.kits["east"] / "kit.json").read_text())["coordinator"]
+    refused = federation.call("client", "join", "--kit", str(kit), "--coordinator", address)
+    assert refused.returncode == 5, refused.stderr
+    assert "does not verify" in refused.stderr
+
+
 def test_a_wrong_coordinator_address_says_what_to_check(federation):
-    refused = federation.call("client", "join", "--coordinator", "127.0.0.1:1", "--insecure")
+    kit = federation.kits["east"]
+    refused = federation.call("client", "join", "--kit", str(kit), "--coordinator", "127.0.0.1:1")
     assert refused.returncode == 7
     assert "cannot be reached" in refused.stderr
 
 
 def test_a_finished_run_is_not_started_again(federation):
-    refused = federation.call(
-        "coordinator", "runs", "resume", federation.run, "--folder", str(federation.home),
-        "--superlink", federation.address,
-    )  # fmt: skip
+    refused = federation.runs("resume", federation.run)
     assert refused.returncode == 5
     assert "is finished" in refused.stderr
+
+
+def test_a_trainer_set_otherwise_is_refused_by_the_settings_name_before_anything_is_sent(federation):
+    """The run asks for another scale of the adapter than the trainers hold: same shapes, same hashes."""
+    federation.run_lines += "lora-alpha = 32.0\n"
+    run = federation.submit(rounds=1)
+    ended = federation.wait_end(run)
+    assert (ended["state"], ended["exit_code"]) == ("failed", 2)
+    assert "lora-alpha is 16.0 in its trainer.toml and 32.0 in this run" in ended["error"]
+    for name in federation.names:
+        assert began(federation, name, run) == ()
+        assert accounted(federation, name, run) == ()

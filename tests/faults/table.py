@@ -1,0 +1,91 @@
+"""What the rows of the table in docs/operations.md share: a run in its second round, and what must hold at its end."""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from common.certificate import verify_certificate
+from common.charge import charge
+from server.deployed import RunFolder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "deployment"))
+from books import accounted, began, charged
+
+ROUNDS = 3
+ENDED = ("finished", "stopped", "failed")
+
+
+@contextmanager
+def second_round(kind, folder, quorum=1, **options):
+    """A federation of real processes whose run has just sent its second round."""
+    with tempfile.TemporaryDirectory(prefix="cl-") as sockets:  # a socket's path is short
+        made = kind(folder, Path(sockets), **options)
+        try:
+            made.start_all()
+            made.run = made.submit(rounds=ROUNDS, quorum=quorum)
+            made.wait("round 2 is sent", lambda: f"round 2/{ROUNDS}: sent to" in made.run_log(made.run), 600)
+            yield made
+        finally:
+            made.stop()
+
+
+def kill_child(federation, name, program):
+    """``kill -9`` of a program that a supervisor keeps running; returns its process id."""
+    found = federation.children(name, program)
+    assert found, f"no {program} below {name}"
+    os.kill(found[0], signal.SIGKILL)
+    return found[0]
+
+
+def resume(federation, *options):
+    done = federation.runs("resume", federation.run, *options)
+    assert done.returncode == 0, done.stderr
+    time.sleep(2)
+
+
+def finish(federation, limit_s=600, resumes=2):
+    """To the end; a run that says that it can be resumed is resumed, as an operator would."""
+    for _ in range(resumes + 1):
+        ended = federation.wait_end(federation.run, limit_s)
+        if ended["state"] == "finished":
+            return ended
+        assert ended["exit_code"] == 7, ended
+        resume(federation)
+    raise AssertionError(ended)
+
+
+def settle(federation, limit_s=600):
+    """Until the run is over or nobody works on it any more; then it is resumed if it has not ended."""
+    folder = RunFolder(federation.home / "runs" / federation.run, federation.home)
+    federation.wait(
+        "the run ends or is left",
+        lambda: federation.state(federation.run)["state"] in ENDED or not folder.is_held,
+        limit_s,
+    )
+    if federation.state(federation.run)["state"] not in ENDED:
+        resume(federation)
+
+
+def check_books(federation, lost):
+    """Both books hold every reservation that began, and at most ``lost`` more; the certificate says what they say."""
+    verdict = verify_certificate(federation.home / "runs" / federation.run / "certificate.json")
+    assert verdict.private
+    assert verdict.certificate.absent == ()
+    assert verdict.certificate.rounds_run == ROUNDS
+    for name in federation.names:
+        own = {use.reservation_id: use.event for use in began(federation, name, federation.run)}
+        counted = {item.reservation_id: item.event for item in accounted(federation, name, federation.run)}
+        assert own.keys() <= counted.keys(), f"{name}: the coordinator's book says less than the organisation's"
+        assert len(counted) - len(own) <= lost
+        assert len(counted) <= ROUNDS
+        truth = charge(list(counted.values()), relation="add_remove", delta=1e-5).epsilon
+        assert verdict.epsilons[name].epsilon == pytest.approx(truth, rel=1e-9)
+        assert charged(federation, name) >= truth * (1 - 1e-9)
+        print(f"{name}: ε {truth:.6f} of {len(counted)} reservations, {len(own)} of them began; "
+              f"its ledger charges {charged(federation, name):.6f}")  # fmt: skip
