@@ -128,17 +128,20 @@ def _nodes(
     from deploy.nodes import connect
 
     client = connect(superlink, root_certificates)
-    pause = threading.Event()
+    pause, said = threading.Event(), ""
     try:
         while True:
             try:
                 _look(client, folder)
+                said = ""
                 if touch is not None:
                     touch.touch()
             except CloisterError as error:
                 if watch is None:
                     raise
-                typer.echo(f"{error}; trying again", err=True)
+                if str(error) != said:  # once for as long as it lasts
+                    typer.echo(f"{error}; trying again every {watch:g} s", err=True)
+                said = str(error)
             if watch is None:
                 return
             pause.wait(watch)

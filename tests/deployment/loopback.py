@@ -151,7 +151,7 @@ class Loopback:
         """Where an organisation's node finds the coordinator."""
         return self.address
 
-    def call(self, *arguments, timeout=120):
+    def call(self, *arguments, timeout=300):
         """One command to its end."""
         return subprocess.run(
             [*CLOISTER, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout
@@ -204,7 +204,7 @@ class Loopback:
                 return False
             return True
 
-        self.wait("the coordinator answers", answers, 90)
+        self.wait("the coordinator answers", answers, 300)
 
     def start_all(self):
         """Coordinator, trainers and nodes, in an order in which nobody has to try twice."""
@@ -215,11 +215,11 @@ class Loopback:
         for name in self.names:
             self.start_node(name)
 
-    def wait_end(self, run, limit_s=400):
+    def wait_end(self, run, limit_s=900):
         self.wait("the run ends", lambda: self.state(run)["state"] in ("finished", "stopped", "failed"), limit_s)
         return self.state(run)
 
-    def wait_round(self, run, number, limit_s=240):
+    def wait_round(self, run, number, limit_s=600):
         self.wait(f"round {number} is done", lambda: len(self.metrics(run)) > number, limit_s)
 
     def children(self, name, program):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from books import accounted, began
 from secured import Secured
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def federation(tmp_path_factory, sockets):
     try:
         made.start_all()
         made.run = made.submit(rounds=3)
-        made.ended = made.wait_end(made.run, 600)
+        made.ended = made.wait_end(made.run)
         yield made
     finally:
         made.stop()
