@@ -4,11 +4,13 @@ url      https://127.0.0.1:8000/health ca.crt     answers 200
 grpc     127.0.0.1:9000                           gRPC health says SERVING, in plain text
 grpcs    127.0.0.1:9443 ca.crt tls.crt tls.key    the same with mutual TLS
 grpc     unix:/run/cloister/trainer.sock          the same on a socket
+socket   /run/cloister/dashboard.sock /healthz    answers 200 on a Unix socket
 file     /tmp/looked                              was touched within the last minute
 """
 
 from __future__ import annotations
 
+import socket
 import ssl
 import sys
 import time
@@ -25,6 +27,17 @@ def url(address: str, authority: str | None = None) -> None:
     context = None if authority is None else ssl.create_default_context(cafile=authority)
     with urllib.request.urlopen(address, timeout=TIMEOUT_S, context=context):  # noqa: S310 - of our own compose file
         pass
+
+
+def unix_socket(path: str, target: str) -> None:
+    """Raises OSError unless the server on a Unix socket answers 200 to ``target``."""
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.settimeout(TIMEOUT_S)
+        stream.connect(path)
+        stream.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        line = stream.makefile("rb").readline(256).split()
+    if line[1:2] != [b"200"]:
+        raise OSError(f"{target}: answered {b' '.join(line[1:]).decode('ascii', 'replace') or 'nothing'}")
 
 
 def grpc_health(address: str, authority: str = "", certificate: str = "", key: str = "") -> None:
@@ -52,6 +65,7 @@ def file(path: str) -> None:
 
 KINDS: dict[str, Callable[..., None]] = {
     "url": url,
+    "socket": unix_socket,
     "grpc": grpc_health,
     "grpcs": grpc_health,
     "file": file,

@@ -5,11 +5,12 @@
     members/NAME.1/       what was issued: certificate, public keys, role; nothing secret
     kits/NAME, NAME.tar   what NAME is handed; delete it here afterwards
     coordinator/          what the coordinator's machine needs, one folder per service:
-      proxy/ superlink/ superexec/ accountant/ nodes/
+      proxy/ superlink/ superexec/ accountant/ nodes/ dashboard/
 
 ``nodes/`` holds the public keys of the SuperNodes that may join, and ``nodes/revoked/`` of those that no longer may;
-``accountant/revoked.json`` is the accountant's list. Both are read while everything runs, so a revocation restarts
-nothing. Every file is 0600 and every folder 0700; what exists is never overwritten.
+``accountant/revoked.json`` is the accountant's list, ``dashboard/revoked.json`` a copy for the dashboard, which must
+not see the key beside the other. All are read while everything runs, so a revocation restarts nothing. Every file is
+0600 and every folder 0700; what exists is never overwritten.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def init(folder: Path, coordinator: str, now: datetime, *, also_known_as: Sequen
         accountant_key.save(side / "accountant" / "accountant.key")
         for name, key in (("coordinator", coordinator_key), ("accountant", accountant_key)):
             write_private(side / "superexec" / f"{name}.pub", key.public_key.encode() + b"\n")
-        write_private(side / "accountant" / "revoked.json", write_revoked({}))
+        for service in ("accountant", "dashboard"):
+            write_private(side / service / "revoked.json", write_revoked({}))
         make_folder(side / "nodes" / "revoked")
         make_folder(side / "superexec" / "clients")
         for empty in ("members", "kits"):
@@ -251,7 +253,9 @@ class Federation:
 
     def _strike_out(self, serials: dict[str, str]) -> None:
         path = self._side / "accountant" / "revoked.json"
-        replace_private(path, write_revoked({**read_revoked(path), **serials}))
+        data = write_revoked({**read_revoked(path), **serials})
+        replace_private(path, data)
+        replace_private(self._side / "dashboard" / "revoked.json", data)
 
     def _authority(self) -> Authority:
         folder = self.folder / "authority"

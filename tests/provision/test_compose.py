@@ -79,7 +79,21 @@ def test_only_the_proxy_is_reached_from_outside_and_only_the_inner_network_reach
         "outside": {"proxy"},
         "fleet": {"proxy", "superlink"},
         "inner": {"superlink", "superexec", "accountant", "nodes"},
+        "alone": {"dashboard"},
     }
+
+
+def test_the_dashboard_writes_nothing_but_its_socket_and_holds_no_key():
+    given = mounts(COORDINATOR["dashboard"])
+    assert {target for target, mount in given.items() if not mount.get("read_only")} == {"/run/cloister"}
+    assert set(given) == {"/state", "/accountant", "/run/cloister", "/etc/cloister/dashboard"}
+    others = {
+        name for name, one in COORDINATOR.items() if mounts(one).get("/run/cloister", {}).get("source") == "dashboard"
+    }
+    assert others == {"dashboard", "proxy"}  # whoever opens the socket says who asks
+    assert mounts(COORDINATOR["proxy"])["/run/cloister"]["read_only"]
+    assert "--token-file" not in command(COORDINATOR["dashboard"])
+    assert "--proxy-socket" in command(COORDINATOR["dashboard"])
 
 
 def test_every_service_is_given_its_own_folder_of_the_federation_and_no_other():
