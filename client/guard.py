@@ -205,8 +205,11 @@ class Guard:
             every = self._journal.uses.values()
             return tuple(use for use in every if (use.coordinator, use.run_id) == (coordinator, run_id))
 
-    def history(self, coordinator: str) -> SignedHistory:
-        """The signed list of everything that was charged and began for that coordinator, and for no other."""
+    def history(self, coordinator: str, challenge: str = "") -> SignedHistory:
+        """The signed list of everything that was charged and began for that coordinator, and for no other.
+
+        ``challenge`` is repeated in it.
+        """
         with self._lock:
             charged = [item for item in self._journal.charged.values() if item.coordinator == coordinator]
             runs = tuple(
@@ -224,7 +227,7 @@ class Guard:
             uses = [use for item in charged for use in self._journal.began(coordinator, item.run_id, item.dataset)]
             begun = tuple(Begun(self._reservation(use), use.participation) for use in uses)
             head = self._ledger.head(coordinator)
-            history = ClientHistory(self.policy.organisation, coordinator, runs, begun, head)
+            history = ClientHistory(self.policy.organisation, coordinator, runs, begun, head, challenge)
             return SignedHistory.sign(self._key, history)
 
     def signed_list(self, request: ListRequest) -> SignedHistory:
@@ -236,7 +239,7 @@ class Guard:
         if request.client != self.policy.organisation or request.coordinator not in self.policy.coordinator_keys:
             raise errors.Refused("this list is for a pinned coordinator that asks this organisation")
         request.check()
-        return self.history(request.coordinator)
+        return self.history(request.coordinator, request.challenge)
 
     def _reservation(self, use: Use) -> Reservation:
         client = self.policy.organisation
@@ -383,8 +386,12 @@ class Guard:
 
     def _burn(self, request: TrainRequest, coordinator: str, reason: RefusalReason) -> Refused:
         """Make the reservation unusable here for ever, then sign that it never started."""
-        reservation_id = request.reservation.reservation.reservation_id
-        body = {"reservation_id": reservation_id, "request_hash": request.request_hash, "reason": str(reason)}
+        reservation = request.reservation.reservation
+        reservation_id = reservation.reservation_id
+        body: dict[str, object] = {
+            "reservation_id": reservation_id, "request_hash": request.request_hash, "reason": str(reason),
+        }  # fmt: skip
+        body |= _place(reservation)
         self._record("burned", coordinator, body, "use")
         return Refused(Refusal.sign(self._key, reservation_id, request.request_hash, reason, voiding=True))
 
@@ -415,6 +422,13 @@ def _anchor_of(policy: Policy) -> Anchor | None:
     if policy.anchor is not None:
         return FileAnchor(policy.anchor)
     return CommandAnchor(policy.anchor_command) if policy.anchor_command else None
+
+
+def _place(reservation: Reservation) -> dict[str, object]:
+    """Run and round of a refused request, for the organisation's own eyes, where the accountant wrote them soundly."""
+    run_id, server_round = reservation.run_id, reservation.server_round
+    is_sound = isinstance(run_id, str) and len(run_id) <= 256 and type(server_round) is int
+    return {"run_id": run_id, "server_round": server_round} if is_sound else {}
 
 
 def _reserved(request: TrainRequest) -> dict[str, object]:

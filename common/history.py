@@ -2,11 +2,13 @@
 
 The coordinator's book may be older than the truth (a restored backup). The client's list holds every envelope that was
 charged and every reservation under which training began for *this* coordinator, and nothing about any other. What the
-coordinator lacks it imports as spent; a conflict stops; nothing is ever taken back because a list is shorter.
+coordinator lacks it imports as spent; a conflict stops; nothing is ever taken back because a list is shorter. A list
+answers one question: whoever carries it cannot give an older one in its place.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,33 +22,38 @@ from common.signing import SigningKey, verify
 class ListRequest:
     """A coordinator asks one client for its signed list; only who holds the coordinator's key can ask for its list.
 
-    Otherwise a relay of one coordinator could learn what the client does for another.
+    Otherwise a relay of one coordinator could learn what the client does for another. ``challenge`` is random and comes
+    back inside the signed list, so that it is known to be of now.
     """
 
     coordinator: str
     client: str
+    challenge: str
     signature: str
 
     @classmethod
     def sign(cls, key: SigningKey, client: str) -> ListRequest:
         """The request of the coordinator that holds ``key``."""
-        return cls(key.public_key, client, key.sign("list-request", cls.body(key.public_key, client)))
+        challenge = secrets.token_hex(16)
+        signature = key.sign("list-request", cls.body(key.public_key, client, challenge))
+        return cls(key.public_key, client, challenge, signature)
 
     @staticmethod
-    def body(coordinator: str, client: str) -> dict[str, Any]:
+    def body(coordinator: str, client: str, challenge: str) -> dict[str, Any]:
         """The object that is signed as kind ``list-request``."""
-        return {"coordinator": coordinator, "client": client}
+        return {"coordinator": coordinator, "client": client, "challenge": challenge}
 
     def check(self) -> None:
         """Raise ``Refused`` unless the named coordinator signed it."""
-        verify(self.coordinator, "list-request", self.body(self.coordinator, self.client), self.signature)
+        body = self.body(self.coordinator, self.client, self.challenge)
+        verify(self.coordinator, "list-request", body, self.signature)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ListRequest:
-        """From an object with its three texts; any other raises ``InvalidInput``."""
-        texts = (value.get("coordinator"), value.get("client"), value.get("signature"))
-        if not all(isinstance(text, str) for text in texts):
-            raise InvalidInput("a request for a list holds three texts")
+        """From an object with its four texts; any other raises ``InvalidInput``."""
+        texts = tuple(value.get(name) for name in ("coordinator", "client", "challenge", "signature"))
+        if not all(isinstance(text, str) and len(text) <= 256 for text in texts):
+            raise InvalidInput("a request for a list holds four short texts")
         return cls(*map(str, texts))
 
 
@@ -73,13 +80,17 @@ class Begun:
 
 @dataclass(frozen=True)
 class ClientHistory:
-    """Everything one client did for one coordinator (a public key), oldest first, and its chain's head."""
+    """Everything one client did for one coordinator (a public key), oldest first, and its chain's head.
+
+    ``challenge`` is that of the question which this answers; empty where nobody asked.
+    """
 
     client: str
     coordinator: str
     charged: tuple[ChargedRun, ...]
     begun: tuple[Begun, ...]
     head: str
+    challenge: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The object that is signed, as kind ``history``."""
@@ -91,6 +102,7 @@ class ClientHistory:
                 {"reservation": item.reservation.to_json(), "participation": item.participation} for item in self.begun
             ],
             "head": self.head,
+            "challenge": self.challenge,
         }
 
     @classmethod
@@ -107,7 +119,10 @@ class ClientHistory:
             begun = tuple(
                 Begun(Reservation.from_json(item["reservation"]), int(item["participation"])) for item in value["begun"]
             )
-            return cls(str(value["client"]), str(value["coordinator"]), charged, begun, str(value["head"]))
+            client, coordinator, head, challenge = (
+                str(value[name]) for name in ("client", "coordinator", "head", "challenge")
+            )
+            return cls(client, coordinator, charged, begun, head, challenge)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInput(f"this history is malformed: {error!r}") from error
 

@@ -194,7 +194,7 @@ class RoundLoop:
                 self._listener.disagreed(name, answer.reason)
                 continue
             try:
-                found = self._take_over(name, answer)
+                found = self._take_over(name, answer, requests[name].challenge)
             except (InvalidInput, Refused) as error:
                 self._listener.disagreed(name, str(error))
                 continue
@@ -202,9 +202,9 @@ class RoundLoop:
             if found.imported or found.revived:
                 self._listener.corrected(name, found)
 
-    def _take_over(self, name: str, signed: SignedHistory) -> Reconciled:
-        if signed.history.client != name:
-            raise Refused(f"{name}: its list speaks of another client")
+    def _take_over(self, name: str, signed: SignedHistory, challenge: str) -> Reconciled:
+        if (signed.history.client, signed.history.challenge) != (name, challenge):
+            raise Refused(f"{name}: its list is of another client, or answers another question and may be old")
         return self._accountant.reconcile(signed, public_key=self._keys[name], coordinator=self._key.public_key)
 
     def _asked(self, state: Checkpoint, server_round: int) -> tuple[str, ...]:

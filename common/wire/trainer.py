@@ -135,8 +135,8 @@ def write_list_request(request: ListRequest) -> trainer_pb2.ListRequest:
 @strict
 def read_list_request(message: trainer_pb2.ListRequest) -> ListRequest:
     """The inverse of ``write_list_request``; the signature is not checked here."""
-    named(coordinator=message.coordinator, client=message.client)
-    return ListRequest(message.coordinator, message.client, message.signature)
+    named(coordinator=message.coordinator, client=message.client, challenge=message.challenge)
+    return ListRequest(message.coordinator, message.client, message.challenge, message.signature)
 
 
 def write_list_response(answer: SignedHistory | Status) -> trainer_pb2.ListResponse:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from common.wire import messages_pb2 as cloister_dot_v1_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63loister/v1/trainer.proto\x12\x0b\x63loister.v1\x1a\x1a\x63loister/v1/messages.proto\"3\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xda\x03\n\x04Plan\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x14\n\x0cserver_round\x18\x02 \x01(\r\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x15\n\rparticipation\x18\x06 \x01(\r\x12+\n\x05\x65vent\x18\x07 \x01(\x0b\x32\x1c.cloister.v1.SampledGaussian\x12\x13\n\x0blocal_steps\x18\x08 \x01(\r\x12\x15\n\rclipping_norm\x18\t \x01(\x01\x12\x1b\n\x13\x65xpected_batch_size\x18\n \x01(\x01\x12\x18\n\x10\x64\x65\x63lared_records\x18\x0b \x01(\x04\x12\x11\n\toptimizer\x18\x0c \x01(\t\x12\x15\n\rlearning_rate\x18\r \x01(\x01\x12\x13\n\x0b\x61ggregation\x18\x0e \x01(\t\x12\x15\n\rbackbone_hash\x18\x0f \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_hash\x18\x10 \x01(\t\x12\'\n\x08\x65nvelope\x18\x11 \x01(\x0b\x32\x15.cloister.v1.Envelope\x12)\n\tmechanism\x18\x12 \x01(\x0b\x32\x16.cloister.v1.Mechanism\x12\x13\n\x0brecipe_hash\x18\x13 \x01(\t\"$\n\x05Scale\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\xb7\x01\n\tMechanism\x12\x10\n\x08\x63lipping\x18\x01 \x01(\t\x12\x18\n\x10noise_allocation\x18\x02 \x01(\t\x12\"\n\x06scales\x18\x03 \x03(\x0b\x32\x12.cloister.v1.Scale\x12\x10\n\x08quantile\x18\x04 \x01(\x01\x12\x15\n\rclipping_rate\x18\x05 \x01(\x01\x12\r\n\x05lower\x18\x06 \x01(\x01\x12\r\n\x05upper\x18\x07 \x01(\x01\x12\x13\n\x0b\x63ount_noise\x18\x08 \x01(\x01\"\xa2\x01\n\x0cTrainRequest\x12\x1f\n\x04plan\x18\x01 \x01(\x0b\x32\x11.cloister.v1.Plan\x12\x16\n\x0eplan_signature\x18\x02 \x01(\t\x12\x33\n\x0breservation\x18\x03 \x01(\x0b\x32\x1e.cloister.v1.SignedReservation\x12$\n\x07\x61\x64\x61pter\x18\x04 \x03(\x0b\x32\x13.cloister.v1.Tensor\"Y\n\x05Reply\x12#\n\x06update\x18\x01 \x03(\x0b\x32\x13.cloister.v1.Tensor\x12\x16\n\x0ereservation_id\x18\x02 \x01(\t\x12\x13\n\x0bledger_head\x18\x03 \x01(\t\"\x92\x01\n\rTrainResponse\x12#\n\x05reply\x18\x01 \x01(\x0b\x32\x12.cloister.v1.ReplyH\x00\x12\'\n\x07refusal\x18\x02 \x01(\x0b\x32\x14.cloister.v1.RefusalH\x00\x12)\n\x06status\x18\x03 \x01(\x0e\x32\x17.cloister.v1.StatusCodeH\x00\x42\x08\n\x06\x61nswer\"E\n\x0bListRequest\x12\x13\n\x0b\x63oordinator\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\t\"3\n\rSignedHistory\x12\x0f\n\x07history\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\"q\n\x0cListResponse\x12,\n\x06signed\x18\x01 \x01(\x0b\x32\x1a.cloister.v1.SignedHistoryH\x00\x12)\n\x06status\x18\x02 \x01(\x0e\x32\x17.cloister.v1.StatusCodeH\x00\x42\x08\n\x06\x61nswer\"\x8f\x01\n\x0bPartRequest\x12\x13\n\x0b\x63oordinator\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x04 \x01(\t\x12\'\n\x08\x65nvelope\x18\x05 \x01(\x0b\x32\x15.cloister.v1.Envelope\x12\x11\n\tsignature\x18\x06 \x01(\t\"-\n\nSignedPart\x12\x0c\n\x04part\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\"n\n\x0cPartResponse\x12)\n\x06signed\x18\x01 \x01(\x0b\x32\x17.cloister.v1.SignedPartH\x00\x12)\n\x06status\x18\x02 \x01(\x0e\x32\x17.cloister.v1.StatusCodeH\x00\x42\x08\n\x06\x61nswer\"\x11\n\x0f\x44\x65scribeRequest\"\x16\n\x05Shape\x12\r\n\x05sizes\x18\x01 \x03(\r\"\xf8\x02\n\x0b\x44\x65scription\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\t\x12\x18\n\x10\x64\x65\x63lared_records\x18\x04 \x01(\x04\x12\x15\n\rbackbone_hash\x18\x05 \x01(\t\x12\x34\n\x06shapes\x18\x06 \x03(\x0b\x32$.cloister.v1.Description.ShapesEntry\x12\x0f\n\x07trained\x18\x07 \x03(\t\x12\x14\n\x0cinitial_hash\x18\x08 \x01(\t\x12\x34\n\x06recipe\x18\t \x03(\x0b\x32$.cloister.v1.Description.RecipeEntry\x1a\x41\n\x0bShapesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.cloister.v1.Shape:\x02\x38\x01\x1a-\n\x0bRecipeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x89\x01\n\nStatusCode\x12\x1b\n\x17STATUS_CODE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATUS_CODE_LOST\x10\x01\x12\x14\n\x10STATUS_CODE_BUSY\x10\x02\x12\x15\n\x11STATUS_CODE_READY\x10\x03\x12\x1b\n\x17STATUS_CODE_UNAVAILABLE\x10\x04\x32\x93\x02\n\x07Trainer\x12\x42\n\x08\x44\x65scribe\x12\x1c.cloister.v1.DescribeRequest\x1a\x18.cloister.v1.Description\x12>\n\x05Train\x12\x19.cloister.v1.TrainRequest\x1a\x1a.cloister.v1.TrainResponse\x12\x41\n\nSignedList\x12\x18.cloister.v1.ListRequest\x1a\x19.cloister.v1.ListResponse\x12\x41\n\nSignedPart\x12\x18.cloister.v1.PartRequest\x1a\x19.cloister.v1.PartResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63loister/v1/trainer.proto\x12\x0b\x63loister.v1\x1a\x1a\x63loister/v1/messages.proto\"3\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xda\x03\n\x04Plan\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x14\n\x0cserver_round\x18\x02 \x01(\r\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x15\n\rparticipation\x18\x06 \x01(\r\x12+\n\x05\x65vent\x18\x07 \x01(\x0b\x32\x1c.cloister.v1.SampledGaussian\x12\x13\n\x0blocal_steps\x18\x08 \x01(\r\x12\x15\n\rclipping_norm\x18\t \x01(\x01\x12\x1b\n\x13\x65xpected_batch_size\x18\n \x01(\x01\x12\x18\n\x10\x64\x65\x63lared_records\x18\x0b \x01(\x04\x12\x11\n\toptimizer\x18\x0c \x01(\t\x12\x15\n\rlearning_rate\x18\r \x01(\x01\x12\x13\n\x0b\x61ggregation\x18\x0e \x01(\t\x12\x15\n\rbackbone_hash\x18\x0f \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_hash\x18\x10 \x01(\t\x12\'\n\x08\x65nvelope\x18\x11 \x01(\x0b\x32\x15.cloister.v1.Envelope\x12)\n\tmechanism\x18\x12 \x01(\x0b\x32\x16.cloister.v1.Mechanism\x12\x13\n\x0brecipe_hash\x18\x13 \x01(\t\"$\n\x05Scale\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\xb7\x01\n\tMechanism\x12\x10\n\x08\x63lipping\x18\x01 \x01(\t\x12\x18\n\x10noise_allocation\x18\x02 \x01(\t\x12\"\n\x06scales\x18\x03 \x03(\x0b\x32\x12.cloister.v1.Scale\x12\x10\n\x08quantile\x18\x04 \x01(\x01\x12\x15\n\rclipping_rate\x18\x05 \x01(\x01\x12\r\n\x05lower\x18\x06 \x01(\x01\x12\r\n\x05upper\x18\x07 \x01(\x01\x12\x13\n\x0b\x63ount_noise\x18\x08 \x01(\x01\"\xa2\x01\n\x0cTrainRequest\x12\x1f\n\x04plan\x18\x01 \x01(\x0b\x32\x11.cloister.v1.Plan\x12\x16\n\x0eplan_signature\x18\x02 \x01(\t\x12\x33\n\x0breservation\x18\x03 \x01(\x0b\x32\x1e.cloister.v1.SignedReservation\x12$\n\x07\x61\x64\x61pter\x18\x04 \x03(\x0b\x32\x13.cloister.v1.Tensor\"Y\n\x05Reply\x12#\n\x06update\x18\x01 \x03(\x0b\x32\x13.cloister.v1.Tensor\x12\x16\n\x0ereservation_id\x18\x02 \x01(\t\x12\x13\n\x0bledger_head\x18\x03 \x01(\t\"\x92\x01\n\rTrainResponse\x12#\n\x05reply\x18\x01 \x01(\x0b\x32\x12.cloister.v1.ReplyH\x00\x12\'\n\x07refusal\x18\x02 \x01(\x0b\x32\x14.cloister.v1.RefusalH\x00\x12)\n\x06status\x18\x03 \x01(\x0e\x32\x17.cloister.v1.StatusCodeH\x00\x42\x08\n\x06\x61nswer\"X\n\x0bListRequest\x12\x13\n\x0b\x63oordinator\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\t\x12\x11\n\tchallenge\x18\x04 \x01(\t\"3\n\rSignedHistory\x12\x0f\n\x07history\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\"q\n\x0cListResponse\x12,\n\x06signed\x18\x01 \x01(\x0b\x32\x1a.cloister.v1.SignedHistoryH\x00\x12)\n\x06status\x18\x02 \x01(\x0e\x32\x17.cloister.v1.StatusCodeH\x00\x42\x08\n\x06\x61nswer\"\x8f\x01\n\x0bPartRequest\x12\x13\n\x0b\x63oordinator\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x04 \x01(\t\x12\'\n\x08\x65nvelope\x18\x05 \x01(\x0b\x32\x15.cloister.v1.Envelope\x12\x11\n\tsignature\x18\x06 \x01(\t\"-\n\nSignedPart\x12\x0c\n\x04part\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\"n\n\x0cPartResponse\x12)\n\x06signed\x18\x01 \x01(\x0b\x32\x17.cloister.v1.SignedPartH\x00\x12)\n\x06status\x18\x02 \x01(\x0e\x32\x17.cloister.v1.StatusCodeH\x00\x42\x08\n\x06\x61nswer\"\x11\n\x0f\x44\x65scribeRequest\"\x16\n\x05Shape\x12\r\n\x05sizes\x18\x01 \x03(\r\"\xf8\x02\n\x0b\x44\x65scription\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\t\x12\x18\n\x10\x64\x65\x63lared_records\x18\x04 \x01(\x04\x12\x15\n\rbackbone_hash\x18\x05 \x01(\t\x12\x34\n\x06shapes\x18\x06 \x03(\x0b\x32$.cloister.v1.Description.ShapesEntry\x12\x0f\n\x07trained\x18\x07 \x03(\t\x12\x14\n\x0cinitial_hash\x18\x08 \x01(\t\x12\x34\n\x06recipe\x18\t \x03(\x0b\x32$.cloister.v1.Description.RecipeEntry\x1a\x41\n\x0bShapesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.cloister.v1.Shape:\x02\x38\x01\x1a-\n\x0bRecipeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x89\x01\n\nStatusCode\x12\x1b\n\x17STATUS_CODE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATUS_CODE_LOST\x10\x01\x12\x14\n\x10STATUS_CODE_BUSY\x10\x02\x12\x15\n\x11STATUS_CODE_READY\x10\x03\x12\x1b\n\x17STATUS_CODE_UNAVAILABLE\x10\x04\x32\x93\x02\n\x07Trainer\x12\x42\n\x08\x44\x65scribe\x12\x1c.cloister.v1.DescribeRequest\x1a\x18.cloister.v1.Description\x12>\n\x05Train\x12\x19.cloister.v1.TrainRequest\x1a\x1a.cloister.v1.TrainResponse\x12\x41\n\nSignedList\x12\x18.cloister.v1.ListRequest\x1a\x19.cloister.v1.ListResponse\x12\x41\n\nSignedPart\x12\x18.cloister.v1.PartRequest\x1a\x19.cloister.v1.PartResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIPTION_SHAPESENTRY']._serialized_options = b'8\001'
   _globals['_DESCRIPTION_RECIPEENTRY']._loaded_options = None
   _globals['_DESCRIPTION_RECIPEENTRY']._serialized_options = b'8\001'
-  _globals['_STATUSCODE']._serialized_start=2196
-  _globals['_STATUSCODE']._serialized_end=2333
+  _globals['_STATUSCODE']._serialized_start=2215
+  _globals['_STATUSCODE']._serialized_end=2352
   _globals['_TENSOR']._serialized_start=70
   _globals['_TENSOR']._serialized_end=121
   _globals['_PLAN']._serialized_start=124
@@ -53,27 +53,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAINRESPONSE']._serialized_start=1081
   _globals['_TRAINRESPONSE']._serialized_end=1227
   _globals['_LISTREQUEST']._serialized_start=1229
-  _globals['_LISTREQUEST']._serialized_end=1298
-  _globals['_SIGNEDHISTORY']._serialized_start=1300
-  _globals['_SIGNEDHISTORY']._serialized_end=1351
-  _globals['_LISTRESPONSE']._serialized_start=1353
-  _globals['_LISTRESPONSE']._serialized_end=1466
-  _globals['_PARTREQUEST']._serialized_start=1469
-  _globals['_PARTREQUEST']._serialized_end=1612
-  _globals['_SIGNEDPART']._serialized_start=1614
-  _globals['_SIGNEDPART']._serialized_end=1659
-  _globals['_PARTRESPONSE']._serialized_start=1661
-  _globals['_PARTRESPONSE']._serialized_end=1771
-  _globals['_DESCRIBEREQUEST']._serialized_start=1773
-  _globals['_DESCRIBEREQUEST']._serialized_end=1790
-  _globals['_SHAPE']._serialized_start=1792
-  _globals['_SHAPE']._serialized_end=1814
-  _globals['_DESCRIPTION']._serialized_start=1817
-  _globals['_DESCRIPTION']._serialized_end=2193
-  _globals['_DESCRIPTION_SHAPESENTRY']._serialized_start=2081
-  _globals['_DESCRIPTION_SHAPESENTRY']._serialized_end=2146
-  _globals['_DESCRIPTION_RECIPEENTRY']._serialized_start=2148
-  _globals['_DESCRIPTION_RECIPEENTRY']._serialized_end=2193
-  _globals['_TRAINER']._serialized_start=2336
-  _globals['_TRAINER']._serialized_end=2611
+  _globals['_LISTREQUEST']._serialized_end=1317
+  _globals['_SIGNEDHISTORY']._serialized_start=1319
+  _globals['_SIGNEDHISTORY']._serialized_end=1370
+  _globals['_LISTRESPONSE']._serialized_start=1372
+  _globals['_LISTRESPONSE']._serialized_end=1485
+  _globals['_PARTREQUEST']._serialized_start=1488
+  _globals['_PARTREQUEST']._serialized_end=1631
+  _globals['_SIGNEDPART']._serialized_start=1633
+  _globals['_SIGNEDPART']._serialized_end=1678
+  _globals['_PARTRESPONSE']._serialized_start=1680
+  _globals['_PARTRESPONSE']._serialized_end=1790
+  _globals['_DESCRIBEREQUEST']._serialized_start=1792
+  _globals['_DESCRIBEREQUEST']._serialized_end=1809
+  _globals['_SHAPE']._serialized_start=1811
+  _globals['_SHAPE']._serialized_end=1833
+  _globals['_DESCRIPTION']._serialized_start=1836
+  _globals['_DESCRIPTION']._serialized_end=2212
+  _globals['_DESCRIPTION_SHAPESENTRY']._serialized_start=2100
+  _globals['_DESCRIPTION_SHAPESENTRY']._serialized_end=2165
+  _globals['_DESCRIPTION_RECIPEENTRY']._serialized_start=2167
+  _globals['_DESCRIPTION_RECIPEENTRY']._serialized_end=2212
+  _globals['_TRAINER']._serialized_start=2355
+  _globals['_TRAINER']._serialized_end=2630
 # @@protoc_insertion_point(module_scope)

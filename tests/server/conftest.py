@@ -53,7 +53,8 @@ class FakeTrainer:
 
     def signed_list(self, request: ListRequest) -> SignedHistory:
         request.check()
-        return SignedHistory.sign(self.key, ClientHistory(self.name, request.coordinator, (), (), HEAD))
+        history = ClientHistory(self.name, request.coordinator, (), (), HEAD, request.challenge)
+        return SignedHistory.sign(self.key, history)
 
     def train(self, request: TrainRequest):
         self.seen.append(request)

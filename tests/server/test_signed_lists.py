@@ -228,6 +228,7 @@ def forged(kind):
                 "charged": tuple(replace(item, envelope=_longer(item.envelope)) for item in honest.history.charged)
             },
             "that contradicts itself": {"begun": honest.history.begun * 2},
+            "of an earlier question": {"challenge": ListRequest.sign(SigningKey.generate(), "b").challenge},
         }[kind]
         return SignedHistory.sign(client.key, replace(honest.history, **changes))
 
@@ -242,7 +243,7 @@ def _longer(envelope):
     "kind",
     [
         "nothing", "a status", "by another key", "of another client", "for another coordinator",
-        "with another envelope", "that contradicts itself",
+        "with another envelope", "that contradicts itself", "of an earlier question",
     ],
 )  # fmt: skip
 def test_a_client_without_a_list_that_agrees_is_not_asked_and_the_run_goes_on(guarded, kind):
@@ -293,14 +294,16 @@ def test_the_list_is_given_to_the_coordinator_that_signs_the_question_and_speaks
     mine = guard.signed_list(ListRequest.sign(fed.coordinator, "a"))
     mine.check(fed.trainers["a"].key.public_key)
     assert [item.reservation.reservation_id for item in mine.history.begun] == fed.trainers["a"].trained
-    empty = guard.signed_list(ListRequest.sign(other, "a")).history
-    assert empty == ClientHistory("a", other.public_key, (), (), "0" * 64)
+    question = ListRequest.sign(other, "a")
+    empty = guard.signed_list(question).history
+    assert empty == ClientHistory("a", other.public_key, (), (), "0" * 64, question.challenge)
     questions = [
         ListRequest.sign(stranger, "a"),
         ListRequest.sign(fed.coordinator, "b"),
-        ListRequest(fed.coordinator.public_key, "a", ListRequest.sign(stranger, "a").signature),
-        ListRequest(fed.coordinator.public_key, "a", ListRequest.sign(other, "a").signature),
-        ListRequest(fed.coordinator.public_key, "a", ""),
+        replace(ListRequest.sign(stranger, "a"), coordinator=fed.coordinator.public_key),
+        replace(ListRequest.sign(other, "a"), coordinator=fed.coordinator.public_key),
+        replace(ListRequest.sign(fed.coordinator, "a"), signature=""),
+        replace(ListRequest.sign(fed.coordinator, "a"), challenge="0" * 32),
     ]
     for question in questions:
         with pytest.raises(Refused):
