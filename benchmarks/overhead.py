@@ -28,8 +28,11 @@ from deploy.workshop import DEMO_BACKBONE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "deployment"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import loopback
+from loopback import Loopback
 from stock_app import FILES
+
+BUDGET = "target-epsilon = 100.0\nrun-epsilon = 9.0\nrun-delta = 1e-6"
+"""Room for ten runs."""
 
 
 def ours(federation, rounds):
@@ -85,10 +88,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
-    for_many_runs = "target-epsilon = 100.0\nrun-epsilon = 9.0\nrun-delta = 1e-6"
-    loopback.POLICY = loopback.POLICY.replace("target-epsilon = 8.0", for_many_runs)
     with tempfile.TemporaryDirectory(prefix="cl-") as folder, tempfile.TemporaryDirectory(prefix="cl-") as sockets:
-        federation = loopback.Loopback(Path(folder), Path(sockets), run="target-delta = 1e-6\n")
+        federation = Loopback(Path(folder), Path(sockets), run="target-delta = 1e-6\n", budget=BUDGET)
         try:
             federation.start_all()
             ratios = []

@@ -16,12 +16,12 @@ def began(federation, name, run):
     return journal.began(coordinator, run, "notes")
 
 
-def charged(federation, name):
-    """Σε of the envelopes charged at an organisation."""
+def charged(federation, name, run):
+    """ε of the envelope that an organisation's own ledger charges for a run."""
     with Ledger(federation.client_ledger(name), read_only=True) as ledger:
         journal = Journal(ledger)
         journal.catch_up()
-    return journal.spent("notes", None)[0]
+    return journal.charged[(federation.public_key("coordinator"), run, "notes")].epsilon
 
 
 def accounted(federation, name, run):

@@ -30,8 +30,9 @@ accountant-keys = ["{accountant}"]
 
 [datasets.notes]
 declared-records = 200
-target-epsilon = 8.0
+{budget}
 """
+BUDGET = "target-epsilon = 8.0"
 TRAINER = """\
 data = "records.jsonl"
 model = "{backbone}"
@@ -60,12 +61,13 @@ def demo_records(number):
 class Loopback:
     """Starts, kills and looks at the processes of one federation, in plain HTTP.
 
-    ``trainer`` and ``run`` are further lines of every trainer.toml and of the run's settings.
+    ``trainer`` and ``run`` are further lines of every trainer.toml and of the run's settings, ``budget`` those of every
+    policy.
     """
 
     def __init__(
         self, folder: Path, sockets: Path, names=("east", "west"), *, backbone=DEMO_BACKBONE, records=demo_records,
-        trainer="", run="",
+        trainer="", run="", budget=BUDGET,
     ):  # fmt: skip
         self.folder, self.sockets, self.names = folder, sockets, names
         self.home = folder / "coordinator"
@@ -78,7 +80,8 @@ class Loopback:
             lines = [json.dumps(record) + "\n" for record in records(number)]
             (own / "records.jsonl").write_text("".join(lines))
             keys = {side: self.public_key(side) for side in ("coordinator", "accountant")}
-            (own / "policy.toml").write_text(POLICY.format(name=name, backbone=backbone_hash(backbone), **keys))
+            policy = POLICY.format(name=name, backbone=backbone_hash(backbone), budget=budget, **keys)
+            (own / "policy.toml").write_text(policy)
             settings = TRAINER.format(name=name, backbone=backbone, sockets=sockets)
             (own / "trainer.toml").write_text(settings + self.trainer_lines(name) + trainer)
 

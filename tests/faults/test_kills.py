@@ -11,20 +11,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from table import ROUNDS, check_books, finish, kill_child, resume, second_round, settle
+from table import ROUNDS, check_books, finish, kill_child, resume, settle
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "deployment"))
-from loopback import Loopback
-from secured import Secured
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture
-def federation(tmp_path):
-    """In plain HTTP, with the accountant inside the ServerApp."""
-    with second_round(Loopback, tmp_path) as made:
-        yield made
+def federation(plain):
+    return plain.second_round()
 
 
 def test_a_killed_trainer_costs_its_round_and_comes_back(federation):
@@ -84,24 +78,23 @@ def test_a_killed_coordinator_leaves_no_superlink_behind_and_the_run_goes_on(fed
     check_books(federation, lost=1)
 
 
-def test_a_killed_accountant_is_started_again_and_the_run_ends_or_is_resumed(tmp_path):
-    with second_round(Secured, tmp_path) as federation:
-        federation.kill("accountant")
-        federation.start_accountant()
-        settle(federation)
-        assert finish(federation)["round"] == ROUNDS
-        check_books(federation, lost=1)
+def test_a_killed_accountant_is_started_again_and_the_run_ends_or_is_resumed(secured):
+    federation = secured.second_round()
+    federation.kill("accountant")
+    federation.start_accountant()
+    settle(federation)
+    assert finish(federation)["round"] == ROUNDS
+    check_books(federation, lost=1)
 
 
-def test_a_killed_postgres_is_started_again_and_the_run_ends_or_is_resumed(tmp_path):
-    from postgres import Postgres
-
-    with Postgres() as server, second_round(Secured, tmp_path, ledger=server.url) as federation:
-        server.kill()
-        server.start()
-        settle(federation)
-        assert finish(federation)["round"] == ROUNDS
-        check_books(federation, lost=1)
+def test_a_killed_postgres_is_started_again_and_the_run_ends_or_is_resumed(on_postgres):
+    standing, server = on_postgres
+    federation = standing.second_round()
+    server.kill()
+    server.start()
+    settle(federation)
+    assert finish(federation)["round"] == ROUNDS
+    check_books(federation, lost=1)
 
 
 def is_running(process):

@@ -9,19 +9,17 @@ from common.certificate import verify_certificate
 from common.charge import charge
 
 sys.path.insert(0, str(Path(__file__).parent))
-from table import ROUNDS, check_books, resume, second_round
+from table import DELTA, ROUNDS, check_books, resume
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "deployment"))
 from books import accounted, began
-from loopback import Loopback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
-def federation(tmp_path):
-    with second_round(Loopback, tmp_path) as made:
-        yield made
+def federation(plain):
+    return plain.second_round()
 
 
 def certificate(federation):
@@ -31,20 +29,19 @@ def certificate(federation):
 def test_a_run_that_is_stopped_ends_its_round_with_a_certificate_and_goes_on(federation):
     stopped = federation.runs("stop", federation.run)
     assert stopped.returncode == 0, stopped.stderr
-    ended = federation.wait_end(federation.run, 400)
+    ended = federation.wait_end(federation.run)
     assert ended["state"] == "stopped", ended
     verdict = verify_certificate(certificate(federation))
     assert verdict.certificate.rounds_run == ended["round"] < ROUNDS
     for name in federation.names:
         own = [use.event for use in began(federation, name, federation.run)]
         assert len(own) == ended["round"] == len(accounted(federation, name, federation.run))
-        truth = charge(own, relation="add_remove", delta=1e-5).epsilon
+        truth = charge(own, relation="add_remove", delta=DELTA).epsilon
         assert verdict.epsilons[name].epsilon == pytest.approx(truth, rel=1e-9)
-        assert verdict.epsilons[name].envelope_epsilon == pytest.approx(
-            8.0, rel=1e-2
-        )  # the guarantee stays the envelope's
+        guarantee = verdict.epsilons[name].envelope_epsilon
+        assert guarantee == pytest.approx(8.0, rel=1e-2)
     resume(federation)
-    federation.wait("the run has ended", lambda: federation.state(federation.run)["state"] == "finished", 400)
+    federation.wait("the run has ended", lambda: federation.state(federation.run)["state"] == "finished", 900)
     check_books(federation, lost=0)
 
 
@@ -59,13 +56,14 @@ def test_a_run_that_is_stopped_at_once_has_charged_what_was_sent_and_goes_on(fed
         assert own <= counted
         assert len(counted) == 2  # the round that was under way is spent
     resume(federation)
-    federation.wait("the run has ended", lambda: federation.state(federation.run)["state"] == "finished", 400)
+    federation.wait("the run has ended", lambda: federation.state(federation.run)["state"] == "finished", 900)
     check_books(federation, lost=1)
 
 
 def test_a_run_that_is_over_is_not_stopped_again(federation):
-    federation.wait_end(federation.run, 400)
+    federation.wait_end(federation.run)
     stopped = federation.runs("stop", federation.run)
     assert stopped.returncode == 0
     assert "is not being worked on" in stopped.stdout
     assert "finished" in stopped.stdout
+    check_books(federation, lost=0)
