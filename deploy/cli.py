@@ -24,6 +24,7 @@ from common.errors import CloisterError, Interrupted
 from deploy.accountant_commands import accountant_app
 from deploy.adapter_commands import adapter_app
 from deploy.backbone_commands import backbone_app
+from deploy.client_dashboard import dashboard as client_dashboard
 from deploy.coordinator_commands import coordinator_app
 from deploy.dashboard_commands import register as register_dashboard
 from deploy.ledger_commands import certificate_app, ledger_app
@@ -32,7 +33,7 @@ from deploy.options import with_run_options
 from deploy.plan_commands import calibrate, plan
 from deploy.policy_commands import policy_app, register_budget
 from deploy.provision_commands import provision_app
-from deploy.report import report as write_report_again
+from deploy.report_command import report as write_report_again
 from deploy.trainer_commands import register as register_trainer
 
 app = typer.Typer(
@@ -97,6 +98,7 @@ client_app = typer.Typer(help="An organisation's own side.", no_args_is_help=Tru
 client_app.add_typer(policy_app)
 register_budget(client_app)
 register_trainer(client_app)
+client_app.command("dashboard")(client_dashboard)
 app.add_typer(client_app, name="client")
 app.add_typer(coordinator_app)
 register_dashboard(app)

@@ -12,21 +12,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from markupsafe import Markup
 
 from common import statement
 from common.certificate import Certificate, Estimate
 from common.charge import charge
-from common.errors import InvalidInput
 from common.pages import Series, column_chart, environment, line_chart
+from common.parts import ABSENT
 from common.signing import fingerprint
-from deploy.run_record import FREE, Account, Point, RunRecord, read_run
+from deploy.run_record import FREE, Account, Point, RunRecord
 from server.checkpoint import write_atomically
 
-FILE = "report.html"
 MOST_CHARTS, MOST_ROWS, MOST_ROUNDS, MOST_POINTS = 6, 100, 150, 240
 """Organisations drawn and listed, rounds listed, and points of a curve that are computed; the rest is counted."""
 
@@ -38,6 +36,7 @@ class Spending:
     Attributes:
         guarantee: certified ε of the whole envelope; spent: of what is charged by now, with its companions.
         asked, charged: rounds in which it was asked, and those that cost.
+        is_attested: whether the organisation itself signed what began there.
     """
 
     account: Account
@@ -47,6 +46,7 @@ class Spending:
     charged: int
     declared_records: int | None
     noise: str
+    is_attested: bool
 
     @property
     def share(self) -> float:
@@ -54,32 +54,6 @@ class Spending:
         if self.guarantee is None or not self.account.target_epsilon:
             return 0.0
         return min(1.0, self.guarantee / self.account.target_epsilon)
-
-
-def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="folder of a run: runs/001, or a coordinator's runs/RUN")
-    ],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help=f"file to write; default: {FILE} in the folder")
-    ] = None,
-) -> None:
-    """Write a run's report again, from what its folder holds; says what is missing and what does not verify.
-
-    Exit code 6 when the certificate or the ledger does not verify; the page is written all the same and says so on top.
-    """
-    record = read_run(folder)
-    path = output or folder / FILE
-    if output is not None and not path.parent.is_dir():
-        raise InvalidInput(f"{path.parent}: there is no such folder")
-    write_report(record, path)
-    typer.echo(f"{path}: the report of run {record.run_id}")
-    for text in record.missing:
-        typer.echo(f"missing: {text}")
-    for text in record.broken:
-        typer.echo(f"does not hold: {text}", err=True)
-    if record.broken:
-        raise typer.Exit(6)
 
 
 def write_report(record: RunRecord, path: Path) -> None:
@@ -109,6 +83,7 @@ def page(record: RunRecord) -> str:
         is_private=is_private,
         headline="" if certificate is None else statement.headline(certificate),
         paragraphs=_paragraphs(record) if is_private else (),
+        absent=() if certificate is None else [(one.part.client, ABSENT[one.reason]) for one in certificate.absent],
         verified=statement.VERIFIED,
         scores=_scores(record),
         charts=[_chart(row, index, curves[row.account.name]) for index, row in enumerate(drawn)],
@@ -136,8 +111,8 @@ def _spending(record: RunRecord, account: Account) -> Spending:
     if account.delta is not None and account.envelope:
         guarantee = charge(account.envelope, relation=account.relation, delta=account.delta).epsilon
     certificate = record.certificate
-    parts = {} if certificate is None else {item.part.client: item.part for item in certificate.parts}
-    part = parts.get(account.name)
+    every = () if certificate is None else (*certificate.parts, *certificate.absent)
+    part = next((item.part for item in every if item.part.client == account.name), None)
     return Spending(
         account,
         guarantee if guarantee is None or math.isfinite(guarantee) else None,
@@ -146,6 +121,7 @@ def _spending(record: RunRecord, account: Account) -> Spending:
         sum(one.counts for one in asked),
         None if part is None else part.declared_records,
         _noise(account),
+        certificate is None or account.name in {item.part.client for item in certificate.parts},
     )
 
 

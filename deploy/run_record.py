@@ -274,8 +274,7 @@ def _account(name: str, registration: Registration) -> Account:
 def _from_certificate(certificate: Certificate) -> tuple[tuple[Account, ...], tuple[Asked, ...]]:
     """What the certificate lists: every reservation that counts, without what became of it."""
     accounts = []
-    for signed in certificate.parts:
-        part = signed.part
+    for part in (item.part for item in (*certificate.parts, *certificate.absent)):
         delta = part.delta if part.private else None
         accounts.append(
             Account(part.client, part.dataset, part.relation, delta, part.target_epsilon, part.envelope.events)
