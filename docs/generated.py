@@ -196,6 +196,14 @@ def exit_codes() -> str:
     return _table(("exit code", "error", "gRPC status", "meaning"), rows)
 
 
+def metrics() -> str:
+    """Every metric of the dashboard's ``/metrics``, with its labels."""
+    from server.dashboard.metrics import METRICS
+
+    rows = [[f"`{name}`", ", ".join(labels), meaning] for name, (meaning, labels) in METRICS.items()]
+    return _table(("metric", "labels", "meaning"), rows)
+
+
 def _prose(text: str | None) -> str:
     """Help as Markdown in one paragraph per paragraph: literals in single backticks."""
     paragraphs = (text or "").replace("``", "`").replace("\b\n", "").split("\n\n")
@@ -216,6 +224,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "trainer-settings": trainer_settings,
     "commands": commands,
     "exit-codes": exit_codes,
+    "metrics": metrics,
 }
 """Name in ``<!-- generated: NAME -->`` → what makes the Markdown."""
 

@@ -108,6 +108,18 @@ def test_every_exit_code_has_a_row_and_the_command_tells_the_same():
     assert set(found) == {"exit code", "---", "0", *(str(error.exit_code) for error in own)}
 
 
+def test_every_metric_has_a_row_and_a_word_on_the_dashboards_page():
+    from server.dashboard.metrics import METRICS
+
+    found = rows(generated.metrics())
+    page = rows((DOCS / "dashboard.md").read_text("utf-8"))
+    assert len(METRICS) > 10
+    for name, (meaning, labels) in METRICS.items():
+        assert meaning in found[f"`{name}`"][2]
+        assert all(label in found[f"`{name}`"][1] for label in labels)
+        assert f"`{name}`" in page
+
+
 def test_every_part_is_on_a_page_and_every_page_asks_for_parts_there_are():
     asked = [
         name
