@@ -15,13 +15,12 @@ Whatever is killed, the folder says where the run stands; a second process on on
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,12 @@ from common import logs
 from common.accounts import Reconciled
 from common.attestation import PartRequest
 from common.config import RunConfig
-from common.errors import CloisterError, InvalidInput, Refused, Unavailable
+from common.errors import CloisterError, InvalidInput, Unavailable
 from common.messages import Arrays, Description, Envelope, adapter_hash
 from common.parts import SignedPart
 from common.recipe import check_recipe
 from common.signing import SigningKey
+from server import run_lock
 from server.accountant import Denial, Outcome
 from server.accountants import Accountant, open_accountant
 from server.certify import Circumstances, absent_part, certify, check_part, missing_parts, reasons_against
@@ -136,30 +136,14 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nobody else works on this run meanwhile; the lock ends with the process, however it ends.
-
-        Raises:
-            Refused: somebody does.
-        """
-        with (self.path / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise Refused(f"{self.path}: another process is working on this run; stop it first") from error
-            yield
+    def held(self) -> AbstractContextManager[None]:
+        """Nobody else works on this run meanwhile; ``Refused`` where somebody does."""
+        return run_lock.held(self.path)
 
     @property
     def is_held(self) -> bool:
         """Whether a process is working on this run now."""
-        if not (self.path / "lock").exists():
-            return False
-        try:
-            with self.held():
-                return False
-        except Refused:
-            return True
+        return run_lock.worked_on(self.path) is True
 
 
 def run_in(home: Path, run_id: str) -> RunFolder:

@@ -119,7 +119,7 @@ class Dashboard:
     def problem(self, request: Request, status: int, heading: str, text: str) -> Response:
         """A page that says what is wrong; one line for a caller that reads no pages."""
         if "text/html" not in request.headers.get("accept", ""):
-            return PlainTextResponse(f"{heading}. {text}\n", status_code=status)
+            return PlainTextResponse(f"{heading.rstrip('?')}: {text}\n", status_code=status)
         return self.render(
             "pages/problem.html", request, status, heading=heading, text=text, way_out=first_page(request)
         )
@@ -136,7 +136,7 @@ class Dashboard:
         if isinstance(self.door, ByToken) and "text/html" in request.headers.get("accept", ""):
             answer = self.render("pages/login.html", request, 401, explanation=self.door.explanation, wrong=wrong)
         else:
-            heading = "Wrong token" if wrong else "Who are you?"
+            heading = "Wrong token" if wrong else "Nobody known"
             answer = self.problem(request, 401, heading, self.door.explanation)
         if isinstance(self.door, ByToken):
             answer.headers["www-authenticate"] = 'Bearer realm="cloister"'

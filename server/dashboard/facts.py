@@ -5,7 +5,6 @@ Every file is replaced as a whole by whoever writes it, so it is read as a whole
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import time
@@ -123,22 +122,6 @@ def read(place: Place) -> Facts:
         problems=tuple(problems),
         **plan,
     )
-
-
-def worked_on(path: Path) -> bool | None:
-    """Whether a process holds the run's lock now; None where there is no lock to look at.
-
-    The lock is asked for as a reader and let go at once, on a file that is opened for reading only.
-    """
-    try:
-        with (path / "lock").open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-    except OSError:
-        return None
 
 
 def standing(facts: Facts, held: bool | None, now: float | None = None) -> Standing:

@@ -356,7 +356,7 @@ class Views:
             return []
         if not found.consistent:
             more = f": {found.problem}" if scope.whole else ""
-            return [Alert("bad", f"The certificate of this run does not verify{more}.")]
+            return [Alert("bad", f"The certificate of this run is not sound{more}.")]
         alerts = []
         if not found.private:
             more = f": {'; '.join(found.reasons)}" if found.reasons and scope.whole else ""

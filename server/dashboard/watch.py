@@ -16,6 +16,7 @@ from server.dashboard import places
 from server.dashboard.facts import Facts, Standing
 from server.dashboard.figures import Figures
 from server.dashboard.records import RECHECK_S, Records
+from server.run_lock import worked_on
 
 POLL_S = 0.3
 LOOK_FOR_RUNS_S, LOOK_AT_LOCKS_S = 2.0, 2.0
@@ -163,7 +164,7 @@ class Watch:
         before = {run_id: self.standing(run_id).word for run_id in self.runs}
         for run_id, one in self.runs.items():
             if one.kind == "federation" and one.state.get("state", "submitted") not in folder_facts.OVER:
-                self._held[run_id] = folder_facts.worked_on(one.place.path)
+                self._held[run_id] = worked_on(one.place.path)
         return before != {run_id: self.standing(run_id).word for run_id in self.runs}
 
     def _verify(self) -> None:
