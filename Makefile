@@ -68,6 +68,6 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time) …"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) --editable '.[client,simulation,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(CONSTRAINT) --editable '.[client,simulation,dev]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
