@@ -361,6 +361,8 @@ class Views:
         if not found.private:
             more = f": {'; '.join(found.reasons)}" if found.reasons and scope.whole else ""
             alerts.append(Alert("bad", f"This run is NOT PRIVATE{more}."))
+        if missing := [name for name in found.absent if name in scope.names]:
+            alerts.append(Alert("warn", f"The certificate holds no word of {', '.join(missing)}: nothing was signed."))
         records = self.watch.records_of(facts.run_id)
         if records.complete and not records.problem and found.accountant_head not in records.folded.heads:
             text = "The certificate names a head that this ledger never had: lines were cut off, or it is another."

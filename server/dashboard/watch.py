@@ -24,13 +24,17 @@ LOOK_FOR_RUNS_S, LOOK_AT_LOCKS_S = 2.0, 2.0
 
 @dataclass(frozen=True)
 class Checked:
-    """What came of verifying a run's certificate: it is consistent, or why not; ``private`` as it states."""
+    """What came of verifying a run's certificate: it is consistent, or why not; ``private`` as it states.
+
+    ``absent`` are organisations that took part and signed nothing.
+    """
 
     consistent: bool
     private: bool
     problem: str = ""
     reasons: tuple[str, ...] = ()
     accountant_head: str = ""
+    absent: tuple[str, ...] = ()
 
 
 class Watch:
@@ -195,4 +199,5 @@ def check_certificate(data: bytes, run_id: str) -> Checked:
     stated = verdict.certificate
     if stated.run_id != run_id:
         return Checked(False, False, f"it is that of another run, {stated.run_id}")
-    return Checked(True, verdict.private, "", stated.reasons, stated.accountant_head)
+    absent = tuple(one.part.client for one in stated.absent)
+    return Checked(True, verdict.private, "", stated.reasons, stated.accountant_head, absent)
