@@ -31,7 +31,7 @@ LONGEST_SOCKET_PATH = 107
 FROM_RUN = (
     "data", "prompt_column", "completion_column", "label_column", "task", "max_length", "micro_batch_size", "model",
     "rank", "lora_alpha", "target_modules", "pooling", "aggregation", "engine", "device", "precision", "threads",
-    "cache_frozen_layers", "public_seed",
+    "cache_frozen_layers", "subspace", "subspace_dimension", "subspace_data", "public_seed",
 )  # fmt: skip
 """Settings that mean here what they mean in a run, and are checked by its rules."""
 

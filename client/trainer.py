@@ -23,8 +23,9 @@ from typing import Protocol
 import numpy as np
 
 from client.admission import Granted, Lost, Refused, Replay
-from client.engine import Adam, Engine, NoiseSource, PrivateSteps, Sgd
+from client.engine import Adam, Engine, NoiseSource, PrivateSteps, Sgd, Subspace
 from client.engine.batches import Example
+from client.engine.subspace import refuse_private_rows
 from client.guard import Guard
 from common.attestation import PartRequest
 from common.certificate import SignedPart
@@ -67,12 +68,25 @@ class Workbench:
         backbone_hash: of the folder the model came from.
         initial: the public, seeded initialisation of the trained tensors.
         recipe: the settings that every trainer of a run must share.
+        subspace: where gradients are clipped and noised, named in the recipe; None for all their coordinates.
+        public_rows: what the subspace was learned from.
     """
 
     engine: Engine
     backbone_hash: str
     initial: Arrays
     recipe: Recipe
+    subspace: Subspace | None = None
+    public_rows: Sequence[Example] = ()
+
+    def open_for(self, records: Sequence[Example]) -> None:
+        """Make ready for the records of one organisation, before its first round.
+
+        Raises:
+            InvalidInput: the subspace was learned from rows most of which are these records.
+        """
+        refuse_private_rows(self.public_rows, records)
+        self.engine.prepare(records)
 
 
 class Trainer:
@@ -200,6 +214,7 @@ class Trainer:
             expected_batch_size=plan.expected_batch_size,
             noise=noise,
             active=active_tensors(plan.aggregation, plan.server_round, list(engine.parameters)),
+            subspace=self._workbench.subspace,
         )
         for step in range(1, plan.local_steps + 1):
             engine.subtract(optimizer(release(draw())))

@@ -177,6 +177,15 @@ class RunConfig(_Settings):
         description="noise over the adapter's modules: equal; least in total, from public shapes; or less where "
         "released updates were important",
     )
+    subspace: Literal["none", "random", "public"] = Field(
+        "none",
+        description="clip and noise gradients in a subspace: random, from the public seed; public, learned from the "
+        "rows of --subspace-data",
+    )
+    subspace_dimension: int = Field(256, ge=1, description="dimensions of the subspace")
+    subspace_data: str | None = Field(
+        default=None, description="public rows that the subspace is learned from; no ε covers them"
+    )
     engine: Literal["fused", "opacus"] = Field("fused", description="per-example gradients: fused, or Opacus hooks")
     cache_frozen_layers: bool = Field(
         False,

@@ -26,13 +26,22 @@ from common.signing import digest
 
 Recipe = dict[str, str]
 
-FROM_SETTINGS = ("task", "rank", "lora-alpha", "aggregation", "pooling", "public-seed")
-RESOLVED = ("max-length", "target-modules", "classes")
+FROM_SETTINGS = (
+    "task", "rank", "lora-alpha", "aggregation", "pooling", "public-seed", "subspace", "subspace-dimension",
+)  # fmt: skip
+RESOLVED = ("max-length", "target-modules", "classes", "subspace-rows")
 NAMES = (*FROM_SETTINGS, *RESOLVED)
 """What belongs to a recipe: settings as they are, and what a trainer makes of a setting once it has its backbone."""
 
 
-def recipe_of(config: RunConfig, *, max_length: int, target_modules: Iterable[str], classes: Sequence[str]) -> Recipe:
+def recipe_of(
+    config: RunConfig,
+    *,
+    max_length: int,
+    target_modules: Iterable[str],
+    classes: Sequence[str],
+    subspace_rows: str = "",
+) -> Recipe:
     """What a trainer with these settings says.
 
     Args:
@@ -40,12 +49,14 @@ def recipe_of(config: RunConfig, *, max_length: int, target_modules: Iterable[st
         max_length: tokens per record that it uses.
         target_modules: names of the modules that carry an adapter.
         classes: names of the classes in their public order (classification).
+        subspace_rows: digest of the public rows that its subspace was learned from; empty without.
     """
     return {
         **_as_set(config),
         "max-length": str(max_length),
         "target-modules": ",".join(sorted(target_modules)),
         "classes": digest(list(classes)) if classes else "",
+        "subspace-rows": subspace_rows,
     }
 
 

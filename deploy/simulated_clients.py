@@ -118,7 +118,7 @@ def build_trainer(
     listener: StepListener | None = None,
 ) -> Trainer:
     """One simulated organisation's trainer."""
-    workbench.engine.prepare(examples)
+    workbench.open_for(examples)
     return Trainer(
         name=client.name,
         dataset=client.dataset,

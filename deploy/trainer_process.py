@@ -73,7 +73,7 @@ def open_trainer(policy_path: Path, settings: TrainerSettings, progress: Progres
         set_threads(settings.run.threads)
         workshop = open_workshop(settings.run, settings.classes)
         examples = read_examples(settings, workshop)
-        workshop.workbench.engine.prepare(examples)
+        workshop.workbench.open_for(examples)
         declared = policy.datasets[dataset].declared_records
         trainer = Trainer(
             name=policy.organisation,

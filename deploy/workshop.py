@@ -12,10 +12,23 @@ import torch
 
 from client.adapter import attach, choose_targets, trained_arrays
 from client.backbone import backbone_hash, context_length, load_model, load_tokenizer, resolve
-from client.engine import FrozenStates, make_engine, self_test
+from client.data import read_rows
+from client.engine import (
+    Engine,
+    Example,
+    FrozenStates,
+    Subspace,
+    make_engine,
+    public_subspace,
+    random_subspace,
+    self_test,
+)
+from client.engine.subspace import rows_digest
 from client.trainer import Workbench
 from common.config import RunConfig
+from common.errors import InvalidInput
 from common.recipe import recipe_of
+from deploy.inputs import tokenise
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 DEFAULT_LENGTH = 256
@@ -105,6 +118,42 @@ def open_workshop(
         engine.keep_frozen(states or FrozenStates(), found, config.pooling)
     if test:
         self_test(engine)
-    recipe = recipe_of(config, max_length=max_length, target_modules=targets, classes=classes)
-    workbench = Workbench(engine, found, trained_arrays(model), recipe)
+    subspace, rows = _subspace(config, engine, tokenizer, max_length, classes)
+    recipe = recipe_of(
+        config, max_length=max_length, target_modules=targets, classes=classes, subspace_rows=rows_digest(rows)
+    )
+    workbench = Workbench(engine, found, trained_arrays(model), recipe, subspace, rows)
     return Workshop(folder, tokenizer, model, workbench, max_length, device)
+
+
+def _subspace(
+    config: RunConfig, engine: Engine, tokenizer: Any, max_length: int, classes: Sequence[str]
+) -> tuple[Subspace | None, tuple[Example, ...]]:
+    """The run's subspace and the public rows behind it, before a record is read.
+
+    Raises:
+        InvalidInput: the rows are missing, not asked for, or the very file of the records.
+    """
+    if (config.subspace == "public") != (config.subspace_data is not None):
+        raise InvalidInput("--subspace public and --subspace-data FILE belong together: name public rows, or neither")
+    if config.subspace == "none":
+        return None, ()
+    if config.subspace == "random":
+        return random_subspace(engine.layout, config.subspace_dimension, config.public_seed), ()
+    refuse_same_file(str(config.subspace_data), config.data)
+    rows = tokenise(config, read_rows(str(config.subspace_data)), tokenizer, max_length, classes).examples
+    return public_subspace(engine, rows, config.subspace_dimension, config.public_seed), rows
+
+
+def refuse_same_file(public: str, private: str) -> None:
+    """Refuse to learn from the records' own file, or from one in their folder.
+
+    Raises:
+        InvalidInput: ``public`` is ``private`` or lies in it.
+    """
+    one, other = Path(public), Path(private)
+    if one.exists() and other.exists() and (one.samefile(other) or other.resolve() in one.resolve().parents):
+        raise InvalidInput(
+            f"subspace-data {public} is the records' own file: a basis from private data would be a release that "
+            "nobody pays for; name rows that are public, or use subspace = random"
+        )

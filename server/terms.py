@@ -123,6 +123,13 @@ class RunTerms:
         return recipe_hash(self.recipe)
 
     @property
+    def subspace(self) -> str:
+        """Where gradients are clipped and noised, e.g. ``random:256``; ``none`` for all their coordinates."""
+        kind = self.recipe.get("subspace", "none")
+        rows = self.recipe.get("subspace-rows", "")[:16]
+        return kind if kind == "none" else ":".join(filter(None, (kind, self.recipe["subspace-dimension"], rows)))
+
+    @property
     def plan_hash(self) -> str:
         """SHA-256 of the canonical terms."""
         return digest(self.to_json())
@@ -223,6 +230,10 @@ def _check_combination(config: RunConfig) -> None:
     """
     if config.no_privacy and (config.clipping, config.noise_allocation) != ("fixed", "uniform"):
         raise InvalidInput("--no-privacy neither clips nor adds noise: leave out --clipping and --noise-allocation")
+    if config.subspace != "none" and (config.noise_allocation != "uniform" or config.shrinkage != "none"):
+        raise InvalidInput(
+            f"--subspace {config.subspace} mixes the adapter's modules: leave out --noise-allocation and --shrinkage"
+        )
     if config.weights == "inverse-variance" and (config.no_privacy or config.clipping == "adaptive"):
         raise InvalidInput("--weights inverse-variance needs noise levels that are public: with fixed C, and privacy")
     if config.shrinkage == "spectral" and (

@@ -16,6 +16,7 @@ from client.engine.optimizers import Adam, Sgd
 from client.engine.selftest import self_test
 from client.engine.shaping import ModuleShaper
 from client.engine.step import adaptive_step, clipped_gradient_sum, private_step
+from client.engine.subspace import Subspace, public_subspace, random_subspace
 
 __all__ = [
     "Adam",
@@ -31,9 +32,12 @@ __all__ = [
     "PrivateSteps",
     "Sgd",
     "ShapedClipping",
+    "Subspace",
     "adaptive_step",
     "clipped_gradient_sum",
     "make_engine",
     "private_step",
+    "public_subspace",
+    "random_subspace",
     "self_test",
 ]

@@ -16,20 +16,26 @@ from client.engine.engine import Engine
 from client.engine.layout import Layout
 from client.engine.noise import NoiseSource
 from client.engine.step import adaptive_step, private_step
+from client.engine.subspace import Subspace, SubspaceClipping
 from common.errors import InvalidInput
 from common.mechanism import STABILITY, Mechanism, module_of
 
 
-def rule_maker(mechanism: Mechanism, layout: Layout) -> Callable[[float], Rule]:
+def rule_maker(mechanism: Mechanism, layout: Layout, subspace: Subspace | None = None) -> Callable[[float], Rule]:
     """From C to the rule of one step.
 
     With ``min-energy`` every module is clipped to C/√G (a whole row to at most C) and gets the noise of least total
     variance. With ``importance`` the clipping is in the scaled norm; without scales, the first rounds, it is flat.
+    In a subspace the coordinates are clipped, and noise is uniform: modules have no coordinates of their own there.
 
     Raises:
-        InvalidInput: an unknown name, or scales that do not name exactly the trained tensors.
+        InvalidInput: an unknown name, scales that do not name exactly the trained tensors, or modules in a subspace.
     """
     stability = STABILITY if mechanism.clipping == "automatic" else None
+    if subspace is not None:
+        if mechanism.noise_allocation != "uniform":
+            raise InvalidInput(f"noise-allocation {mechanism.noise_allocation} means nothing in a subspace")
+        return lambda norm: SubspaceClipping(FlatClipping(norm, stability), subspace)
     if mechanism.noise_allocation == "min-energy":
         groups: dict[str, tuple[str, ...]] = {}
         for name in layout.slots:
@@ -101,6 +107,7 @@ class PrivateSteps:
         expected_batch_size: the declared constant.
         noise: the reservation's source.
         active: names of the tensors trained in this round; None for all.
+        subspace: where clipping and noise happen; None for all of the adapter's coordinates.
 
     Attributes:
         reached: C after the last step under adaptive clipping, None otherwise. It stays in the organisation.
@@ -116,6 +123,7 @@ class PrivateSteps:
         expected_batch_size: float,
         noise: NoiseSource,
         active: Collection[str] | None = None,
+        subspace: Subspace | None = None,
     ) -> None:
         self._engine, self._noise_multiplier, self._noise = engine, noise_multiplier, noise
         self._batch_size = expected_batch_size
@@ -125,7 +133,8 @@ class PrivateSteps:
             for name, slot in slots.items()
             if active is not None and name not in active
         )
-        self._make = rule_maker(mechanism, engine.layout)
+        self._subspace = subspace
+        self._make = rule_maker(mechanism, engine.layout, subspace)
         self._adaptation = adaptation(mechanism)
         self._norm = clipping_norm
         self.reached = clipping_norm if self._adaptation is not None else None
@@ -133,13 +142,16 @@ class PrivateSteps:
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """One release; ``examples`` is this step's Poisson draw and may be empty."""
         gradient = self._gradient(examples)
+        if self._subspace is not None:
+            gradient = self._subspace.lift(gradient)
         for part in self._frozen:
             gradient[part] = 0.0
         return gradient
 
     def _gradient(self, examples: Sequence[Example]) -> Tensor:
         if self._noise_multiplier is None:  # a run without privacy; the certificate says so
-            return self._engine.plain_sum(examples) / self._batch_size
+            mean = self._engine.plain_sum(examples) / self._batch_size
+            return mean if self._subspace is None else self._subspace.coordinates(mean[None])[0].cpu()
         if self._adaptation is None:
             return private_step(
                 self._engine,

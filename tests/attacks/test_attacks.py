@@ -14,11 +14,12 @@ import torch
 from scipy.special import betaincinv  # beta.ppf, without its thousand checks
 from torch import nn
 
-from client.engine import AdaptiveClipping, FlatClipping, Group, GroupClipping, NoiseSource, ShapedClipping
+from client.engine import AdaptiveClipping, FlatClipping, Group, GroupClipping, NoiseSource, ShapedClipping, Subspace
 from client.engine.clipping import sound_noise_std
 from client.engine.layout import Arena, Layout
 from client.engine.mechanism import ActiveClipping
 from client.engine.step import release
+from client.engine.subspace import SubspaceClipping
 from common.privacy import PLDAccountant, SampledGaussian
 from common.privacy.allocation import weighted_noise_multiplier
 
@@ -39,6 +40,7 @@ RULES = {
     "importance": ShapedClipping(0.7, SCALES),
     "automatic importance": ShapedClipping(0.7, SCALES, stability=0.01),
     "groups": GroupClipping((Group(("first",), 0.3, 0.2), Group(("second",), 0.9, 0.8))),
+    "subspace": SubspaceClipping(FlatClipping(0.7), Subspace(torch.tensor([[0.6], [0.8]]))),
     "one factor in turn": ActiveClipping(FlatClipping(0.7), (slice(0, 1),)),
 }
 WORST = {"along the first": (1e6, 0.0), "along the second": (0.0, 1e6), "along both": (1e6, 1e6)}
@@ -180,6 +182,18 @@ def test_seen_importance_from_raw_gradients():
         found = release(np.zeros((TRIALS // 4, size)), NOISE * 0.7 * scales, BATCH, noise) * BATCH / 0.7
         statistics.append(found**2 @ (1 - 1 / present**2))
     assert lower_bound(*statistics) > certified()
+
+
+def test_seen_a_basis_learned_from_private_gradients():
+    """One dimension, along the records' own mean gradient: the direction of the release says whether it is there."""
+    statistics = []
+    for index, mean in enumerate(([1.0, 0.0], [0.6, 0.8])):
+        noise = NoiseSource.seeded(index, "basis")
+        basis = torch.tensor(mean).reshape(2, 1)
+        released = release(np.zeros((TRIALS, 2)), NOISE * 0.7, BATCH, noise)
+        lifted = torch.from_numpy(released[:, :1]) @ basis.t()
+        statistics.append(np.abs(lifted[:, 1].numpy()) + 1e-9 * np.random.default_rng(index).random(TRIALS))
+    assert lower_bound(*statistics) > 2 * certified()
 
 
 def test_seen_a_count_that_is_not_charged():
