@@ -84,7 +84,7 @@ def _is_well_formed(plan: Plan) -> bool:
 
 
 def check_policy(plan: Plan, policy: Policy, now: float) -> Finding | None:
-    """The organisation allows this: client, data set, declared size, backbone, noise, sampling, steps, date."""
+    """The organisation allows this: client, data set, declared size, backbone, noise, rate, steps, methods, date."""
     allowed = policy.datasets.get(plan.dataset)
     if plan.client != policy.organisation or allowed is None or policy.has_expired(now):
         return RefusalReason.POLICY
@@ -96,6 +96,13 @@ def check_policy(plan: Plan, policy: Policy, now: float) -> Finding | None:
         return RefusalReason.POLICY
     if plan.event is None:
         return None if allowed.without_privacy else RefusalReason.POLICY
+    if not policy.allowed_methods.allow(
+        clipping=plan.mechanism.clipping,
+        noise_allocation=plan.mechanism.noise_allocation,
+        aggregation=plan.aggregation,
+        optimizer=plan.optimizer,
+    ):
+        return RefusalReason.POLICY
     event = plan.event
     sound = event.noise_multiplier >= policy.min_noise_multiplier and event.sample_rate <= policy.max_sample_rate
     return None if sound else RefusalReason.POLICY

@@ -15,6 +15,10 @@
     declared-records = 12000
     target-epsilon = 8.0
 
+    [allowed-methods]                      # may be left out: then every known method is allowed
+    clipping = ["fixed", "automatic"]
+    noise-allocation = ["uniform"]
+
 ``target-epsilon`` and ``target-delta`` belong to the data set for its lifetime: they bound the sums Σε and Σδ over
 the envelopes of every run of every coordinator. One run may take all of it, unless ``run-epsilon`` and ``run-delta``
 say less. Data sets with one ``group`` may share a record and share one budget.
@@ -33,6 +37,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import InvalidInput
+from common.mechanism import Allocation, Clipping
 from common.privacy.checks import DELTA_FLOOR
 
 
@@ -116,6 +121,31 @@ class DatasetPolicy(_Strict):
         return self.target_delta if self.run_delta is None else self.run_delta
 
 
+class AllowedMethods(_Strict):
+    """Which of the methods of docs/methods.md a plan may ask for; what is left out allows every one that is known.
+
+    All of them cost what their event costs. An organisation may still want plain ones only, for what it has reviewed.
+
+    Attributes:
+        clipping, noise_allocation, aggregation, optimizer: the words that a plan may hold.
+    """
+
+    clipping: tuple[Clipping, ...] | None = None
+    noise_allocation: tuple[Allocation, ...] | None = None
+    aggregation: tuple[Literal["ffa", "fedavg", "rolora"], ...] | None = None
+    optimizer: tuple[Literal["sgd", "adam"], ...] | None = None
+
+    def allow(self, *, clipping: str, noise_allocation: str, aggregation: str, optimizer: str) -> bool:
+        """Whether all of a plan's words are among the allowed ones."""
+        asked = {
+            "clipping": clipping,
+            "noise_allocation": noise_allocation,
+            "aggregation": aggregation,
+            "optimizer": optimizer,
+        }
+        return all(getattr(self, name) is None or word in getattr(self, name) for name, word in asked.items())
+
+
 class Policy(_Strict):
     """What this organisation lets anybody do with its records; see the head of this file.
 
@@ -128,6 +158,7 @@ class Policy(_Strict):
             long as no trainer keeps one.
         anchor: a file, outside this machine, that holds the ledger's last head.
         anchor_command: instead of a file, a program that keeps it (``common/anchor.py``).
+        allowed_methods: which methods a plan may ask for; every known one by default.
     """
 
     organisation: str = Field(min_length=1)
@@ -142,6 +173,7 @@ class Policy(_Strict):
     release: Literal["immediate"] = "immediate"
     anchor: Path | None = None
     anchor_command: tuple[str, ...] = ()
+    allowed_methods: AllowedMethods = AllowedMethods()
 
     @model_validator(mode="after")
     def _one_anchor(self) -> Self:
@@ -202,6 +234,6 @@ def _explain(item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"]) or "policy"
     if item["type"] != "extra_forbidden":
         return f"{place}: {item['msg'].removeprefix('Value error, ')}"
-    fields = {*Policy.model_fields, *DatasetPolicy.model_fields}
+    fields = {*Policy.model_fields, *DatasetPolicy.model_fields, *AllowedMethods.model_fields}
     near = difflib.get_close_matches(str(item["loc"][-1]).replace("-", "_"), fields, 1)
     return f"{place}: unknown key" + (f"; did you mean {near[0].replace('_', '-')}?" if near else "")

@@ -43,6 +43,11 @@ target-epsilon = {target_epsilon}         # for the data set's lifetime: all run
 target-delta = {target_delta}
 # group = "patients"          # data sets that may share a record share one budget
 # run-epsilon = 1.0           # the most that one run may take; several runs need run-delta too
+
+# [allowed-methods]           # without it every method that is known here is allowed; each costs its event
+# clipping = ["fixed", "automatic"]
+# noise-allocation = ["uniform"]
+# aggregation = ["ffa"]
 """
 
 
