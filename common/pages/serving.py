@@ -174,12 +174,13 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         Unavailable: the address is taken or is none of this machine's.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:
+        listener.close()
         raise Unavailable(f"{host}:{port}: cannot listen there ({error.strerror or error})") from error
     return listener
 
@@ -197,6 +198,7 @@ def listen_unix(path: Path) -> socket.socket:
             path.unlink()
         listener.bind(str(path))
     except OSError as error:
+        listener.close()
         raise Unavailable(f"{path}: cannot listen there ({error.strerror or error})") from error
     finally:
         os.umask(before)
@@ -215,6 +217,7 @@ def server(
         uvicorn.Config(
             app,
             access_log=False,
+            log_config=None,  # its words go where those of the command go, in the same form
             log_level="warning",
             proxy_headers=False,
             server_header=False,

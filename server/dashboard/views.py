@@ -230,8 +230,7 @@ class Views:
         found = []
         for number in numbers:
             line = lines.get(number)
-            known = [] if line is None else [_epsilon(line, name) for name in scope.names]
-            largest = max((value for value in known if value is not None), default=None)
+            largest = None if line is None else _largest(line, None if scope.whole else scope.names)
             seconds = None if line is None or not scope.whole else float(line.get("seconds") or 0.0)
             found.append(RoundRow(number, line, scope.course.rounds.get(number, Tally()), largest, seconds))
         return found
@@ -371,8 +370,6 @@ class Views:
 
     def _line(self, facts: Facts, viewer: Viewer) -> RunLine:
         line = facts.metrics[-1] if facts.metrics else {}
-        names = [viewer.name] if not viewer.sees_all else list(line.get("epsilon") or {})
-        known = [value for value in (_epsilon(line, name) for name in names) if value is not None]
         return RunLine(
             run_id=facts.run_id,
             folder=facts.place.path.name,
@@ -381,7 +378,7 @@ class Views:
             done=facts.done,
             rounds=facts.rounds,
             score=line.get("score"),
-            epsilon=max(known, default=None),
+            epsilon=_largest(line, None if viewer.sees_all else (viewer.name,)),
             updated=facts.updated,
         )
 
@@ -417,6 +414,13 @@ def age_of(watch: Watch, moment: float) -> str:
 def _epsilon(line: Mapping[str, Any], name: str) -> float | None:
     value = (line.get("epsilon") or {}).get(name)
     return float(value) if isinstance(value, int | float) else None
+
+
+def _largest(line: Mapping[str, Any], names: Sequence[str] | None) -> float | None:
+    """The largest ε of a round's line, of these clients or (None) of all."""
+    spent = line.get("epsilon") or {}
+    known = spent.values() if names is None else (spent.get(name) for name in names)
+    return max((float(value) for value in known if isinstance(value, int | float)), default=None)
 
 
 def _digest(seen: object) -> str:
