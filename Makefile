@@ -15,7 +15,7 @@ CONSTRAINT := $(if $(filter cuda,$(TORCH)),,--constraint constraints-cpu.txt)
 OUTPUT := $(if $(output),--output $(output),)
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate test test-slow test-crash test-faults test-deployment docs check format benchmarks protos clean
+.PHONY: help simulate test test-slow test-crash test-faults test-deployment docs check format benchmarks utility-small protos clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -54,6 +54,9 @@ benchmarks: $(STAMP)  ## the figures of the README's tables that take minutes (t
 	$(BIN)/python benchmarks/federation.py run demo --epsilon none
 	$(BIN)/python benchmarks/accountant.py
 	$(BIN)/python benchmarks/engine.py
+
+utility-small: $(STAMP)  ## the utility benchmark's main arms on the demo with a few rounds (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/utility.py small
 
 protos: $(STAMP)  ## regenerate the gRPC stubs in common/wire
 	$(BIN)/python -m common.wire.generate

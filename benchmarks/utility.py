@@ -3,6 +3,8 @@
     python benchmarks/utility.py run                            the missing runs of the grid, one after another
     python benchmarks/utility.py run --only 'sst2/*/3'          of these rows only
     python benchmarks/utility.py run --budget-minutes 30        start no further run after half an hour
+    python benchmarks/utility.py run --again --only sst2/pld/3  also what is done: the newer line of a seed counts
+    python benchmarks/utility.py small                          the demo's main arms, a few rounds, nothing is kept
     python benchmarks/utility.py list                           rows, and how many of their seeds are done
     python benchmarks/utility.py table [--short]                the full table, or the README's
 
@@ -33,7 +35,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from utility_grid import CLASSIFICATION, PEERS, ROOT, Cell, cells, public
+from utility_grid import CLASSIFICATION, MAIN, PEERS, ROOT, Cell, cells, public
 from utility_table import full_table, short_table
 
 from client.backbone import load_tokenizer
@@ -46,6 +48,7 @@ from deploy.workshop import DEFAULT_LENGTH, backbone_folder
 
 RESULTS = ROOT / "benchmarks" / "results" / "utility.jsonl"
 FEDERATION = ROOT / "benchmarks" / "results" / "federation.jsonl"
+SMALL = ("--rounds", "6", "--eval-every", "6")
 Line = dict[str, Any]
 
 
@@ -80,11 +83,11 @@ def rdp_noise(options: list[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def run(cell: Cell, seed: int, states: FrozenStates) -> Line:
-    """One run, as the line that is kept of it."""
+def run(cell: Cell, seed: int, states: FrozenStates, extra: tuple[str, ...] = ()) -> Line:
+    """One run with ``extra`` options, as what is kept of it."""
     if cell.arm in PEERS:
         return run_peer(cell, seed, states)
-    options = cell.options(seed)
+    options = [*cell.options(seed), *extra]
     clients = None
     if cell.arm == "rdp":
         clients = rdp_noise(options)
@@ -169,41 +172,53 @@ def _compared(options: list[str]) -> frozenset[str]:
     return frozenset(options) - {"--cache-frozen-layers", "all-MiniLM-L6-v2"}
 
 
-def missing(only: list[str]) -> Iterator[tuple[Cell, int]]:
-    """The runs that are still to be made, in order."""
-    done = {(line["row"], line["seed"]) for line in finished()}
+def missing(only: list[str], *, again: bool = False) -> Iterator[tuple[Cell, int]]:
+    """The runs that are still to be made, in order; with ``again`` all of those rows."""
+    done = set() if again else {(line["row"], line["seed"]) for line in finished()}
     for cell in cells():
         if not only or any(fnmatch.fnmatch(cell.name, pattern) for pattern in only):
             yield from ((cell, seed) for seed in cell.seeds if (cell.name, seed) not in done)
 
 
-def work(only: list[str], budget_s: float | None) -> None:
+def work(only: list[str], budget_s: float | None, *, again: bool) -> None:
     """Make the missing runs until they or the time are at an end."""
     began, data, states = time.monotonic(), "", FrozenStates()
-    for cell, seed in list(missing(only)):
+    for cell, seed in list(missing(only, again=again)):
         if budget_s is not None and time.monotonic() - began > budget_s:
             break
         if cell.task.split("-")[0] != data:  # the states of the last data set are not needed any more
             data, states = cell.task.split("-")[0], FrozenStates()
-        wall, cpu = time.monotonic(), time.process_time()
-        found = run(cell, seed, states)
-        line = {
-            "row": cell.name,
-            "task": cell.task,
-            "arm": cell.arm,
-            "epsilon": cell.epsilon,
-            "seed": seed,
-            **found,
-            "cpu_seconds": round(time.process_time() - cpu),
-            "wall_seconds": round(time.monotonic() - wall),
-            "commit": commit(),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        }
+        line = timed(cell, seed, states)
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         shown = {name: line[name] for name in ("row", "seed", "score", "loss", "spent", "cpu_seconds")}
         print(json.dumps(shown), flush=True)
+
+
+def timed(cell: Cell, seed: int, states: FrozenStates, *, extra: tuple[str, ...] = ()) -> Line:
+    """One run as a whole line, with what it took."""
+    wall, cpu = time.monotonic(), time.process_time()
+    found = run(cell, seed, states, extra)
+    return {
+        "row": cell.name,
+        "task": cell.task,
+        "arm": cell.arm,
+        "epsilon": cell.epsilon,
+        "seed": seed,
+        **found,
+        "cpu_seconds": round(time.process_time() - cpu),
+        "wall_seconds": round(time.monotonic() - wall),
+        "commit": commit(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
+
+
+def small() -> None:
+    """The main arms on the demo with a quarter of its rounds: shows that all of it runs, not what it buys."""
+    rows = [Cell("demo", arm, None if arm == "none" else 8.0, (0,)) for arm in MAIN]
+    lines = [timed(cell, 0, FrozenStates(), extra=SMALL) for cell in rows]
+    print(full_table(lines, rows))
 
 
 def commit() -> str:
@@ -218,14 +233,18 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="make the missing runs")
     runs.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="rows, as 'list' names them")
+    runs.add_argument("--again", action="store_true", help="also runs that are done")
     runs.add_argument("--budget-minutes", type=float, help="start no further run after so many minutes")
     commands.add_parser("list", help="the rows of the grid")
+    commands.add_parser("small", help="the demo's main arms, in minutes")
     shown = commands.add_parser("table", help="Markdown")
     shown.add_argument("--short", action="store_true", help="the main rows only")
     given = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if given.command == "run":
-        work(given.only, None if given.budget_minutes is None else 60 * given.budget_minutes)
+        work(given.only, None if given.budget_minutes is None else 60 * given.budget_minutes, again=given.again)
+    elif given.command == "small":
+        small()
     elif given.command == "table":
         print((short_table if given.short else full_table)(finished(), list(cells())))
     else:

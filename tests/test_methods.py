@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 
+from client.policy import AllowedMethods
 from common.config import ClientSettings, RunConfig, dashed
 
 PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text("utf-8")
@@ -13,6 +14,7 @@ METHODS = (
     "server_schedule",
     "clipping",
     "noise_allocation",
+    "subspace",
     "aggregation",
     "shrinkage",
     "averaging",
@@ -26,6 +28,11 @@ def test_every_method_has_its_place_in_the_page(name):
     for value in get_args(RunConfig.model_fields[name].annotation):
         if value not in ("none", "uniform"):
             assert value in PAGE, f"--{dashed(name)} {value}"
+
+
+@pytest.mark.parametrize("name", list(AllowedMethods.model_fields))
+def test_every_method_that_a_policy_can_forbid_is_listed(name):
+    assert f"\n{dashed(name)} = [" in PAGE
 
 
 @pytest.mark.parametrize("name", list(ClientSettings.model_fields))
