@@ -132,6 +132,7 @@ def closing(result: Result, console: Console) -> None:
         f"adapter, certificate, metrics, ledger and report: {escape(str(result.output))}/\n"
         f"check it: {_command()} certificate verify {escape(str(result.output))}/certificate.json",
         highlight=False,
+        soft_wrap=True,  # a command in two lines cannot be copied
     )
 
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from client.policy import DatasetPolicy, Policy
+from client.policy import AllowedMethods, DatasetPolicy, Policy
 from client.settings import FROM_RUN, TrainerSettings
 from common.config import ClientSettings, RunConfig, dashed
 from common.errors import CloisterError
@@ -60,6 +60,11 @@ def dataset_policy() -> str:
     return _documented(DatasetPolicy)
 
 
+def allowed_methods() -> str:
+    """The settings of a policy's table of methods."""
+    return _documented(AllowedMethods)
+
+
 def trainer_settings() -> str:
     """The settings of a trainer: its own, and those that a run has too."""
     shared = ", ".join(f"`{dashed(name)}`" for name in FROM_RUN)
@@ -87,10 +92,10 @@ def _kind_and_default(info: FieldInfo) -> tuple[str, str]:
     value = info.default
     if value is PydanticUndefined:
         default = "needed" if info.is_required() else "–"
+    elif value is None or value == () or isinstance(value, BaseModel):
+        default = "–"
     else:
-        default = (
-            "–" if value is None or value == () else f"`{str(value).lower() if value in (True, False) else value}`"
-        )
+        default = f"`{str(value).lower() if isinstance(value, bool) else value}`"
     return _kind(info), default
 
 
@@ -105,6 +110,10 @@ def _kind(info: FieldInfo) -> str:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     if get_origin(kind) is dict:
         return "a table for each"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "a table"
+    if get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal:
+        return "list of " + ", ".join(f"`{value}`" for value in get_args(get_args(kind)[0]))
     limits = [
         f"{sign} {getattr(bound, field):g}"
         for bound in bounds
@@ -158,7 +167,7 @@ def commands() -> str:
     known = {f"--{dashed(name)}" for name in RunConfig.model_fields}
     parts = ["Before any command: `--debug` shows the traceback of an error.\n"]
     for name, command in leaves():
-        parts.append(f"### {name}\n\n{_prose(command.help)}\n")
+        parts.append(f"## {name}\n\n{_prose(command.help)}\n")
         arguments = [one for one in command.params if isinstance(one, click.Argument)]
         options = [one for one in command.params if isinstance(one, click.Option)]
         if name == "cloister simulate":
@@ -221,6 +230,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "client-settings": client_settings,
     "policy": policy,
     "dataset-policy": dataset_policy,
+    "allowed-methods": allowed_methods,
     "trainer-settings": trainer_settings,
     "commands": commands,
     "exit-codes": exit_codes,

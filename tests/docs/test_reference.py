@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 
 import generated
 
-from client.policy import DatasetPolicy, Policy
+from client.policy import AllowedMethods, DatasetPolicy, Policy
 from client.settings import FROM_RUN, TrainerSettings
 from common import errors
 from common.config import ClientSettings, RunConfig, dashed
@@ -43,6 +43,7 @@ def test_every_setting_of_a_run_has_a_row_with_its_meaning_and_default():
         ("client-settings", ClientSettings, ()),
         ("policy", Policy, ()),
         ("dataset-policy", DatasetPolicy, ()),
+        ("allowed-methods", AllowedMethods, ()),
         ("trainer-settings", TrainerSettings, ("run", "kind")),
     ],
 )
@@ -72,7 +73,7 @@ def test_the_default_delta_of_a_data_set_is_the_one_that_the_page_tells():
 
 def test_every_command_option_and_argument_has_a_row_with_help():
     text = generated.commands()
-    sections = dict(re.findall(r"^### (cloister .*?)\n(.*?)(?=^### |\Z)", text, re.M | re.S))
+    sections = dict(re.findall(r"^## (cloister .*?)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
     leaves = dict(generated.leaves())
     assert set(sections) == set(leaves)
     assert len(leaves) > 30

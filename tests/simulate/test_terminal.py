@@ -66,6 +66,15 @@ def test_everything_that_happens_is_shown_and_no_name_is_markup(console, tmp_pat
     assert ("upper bound (PLD)" in shown) == private
 
 
+def test_the_command_at_the_end_stays_on_one_line(tmp_path):
+    console = Console(file=io.StringIO(), width=40)
+    terms = draw_up(RunConfig.from_mapping({"rounds": 1, "expected-batch-size": 10}), [description("a")], "run")
+    line = record(1) | {"epsilon": {"a": 1.0}}
+    certificate = SimpleNamespace(private=True, reasons=())
+    closing(SimpleNamespace(terms=terms, metrics=[line], output=tmp_path, certificate=certificate), console)
+    assert f"certificate verify {tmp_path}/certificate.json\n" in console.file.getvalue()
+
+
 def test_results_go_to_the_first_unused_folder(tmp_path):
     assert next_output(tmp_path / "runs") == tmp_path / "runs" / "001"
     (tmp_path / "runs" / "001").mkdir(parents=True)
