@@ -19,6 +19,7 @@ from deploy.doctor import is_free
 from deploy.flower_control import FlowerControl
 from deploy.logs import LogFormat, announcer, begin, child_listener
 from deploy.processes import Service, Supervisor, program
+from deploy.secretary import writing_reports
 from server.accountant_service import is_local
 from server.app import HOME_VARIABLE
 
@@ -78,7 +79,8 @@ def _serve(
         Service("superexec", superexec_command(where, tls, secret), environment, may_leave_work=True),
     ]
     say(f"coordinator listens on {where}; its folder is {home}")
-    Supervisor(services, say, child_listener(log_format)).run()
+    with writing_reports(home):
+        Supervisor(services, say, child_listener(log_format)).run()
 
 
 @coordinator_app.command("submit")

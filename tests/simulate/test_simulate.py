@@ -1,5 +1,6 @@
 """``cloister simulate`` from the command line to the last file it writes."""
 
+import html
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from client.backbone import load_model
 from common.certificate import Certificate
 from common.config import RunConfig
 from common.privacy import PLDAccountant, SampledGaussian
+from common.statement import what_epsilon_means, who_is_protected
 from deploy.simulate import quiet_warnings, simulate
 
 WRITTEN = {"adapter", "certificate.json", "metrics.jsonl", "ledger.sqlite", "report.html", "state"}
@@ -121,11 +123,14 @@ def test_one_changed_number_in_a_certificate_is_seen(finished, cloister, tmp_pat
 def test_model_card_and_report_carry_the_privacy_statement(finished):
     card = (finished.output / "adapter" / "README.md").read_text("utf-8")
     page = (finished.output / "report.html").read_text("utf-8")
-    for text in (card, page):
+    issued = certificate(finished.output)
+    for text in (card, html.unescape(page)):
         assert "zero_out" in text
         assert finished.result.terms.run_id in text
+        assert who_is_protected(issued) in text
+        assert what_epsilon_means(issued, issued.epsilons) in text
     assert "<script" not in page
-    assert "http" not in page.replace("http-equiv", "")
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
 def test_private_files_are_for_their_owner_alone(finished):
