@@ -48,6 +48,14 @@ from deploy.workshop import DEFAULT_LENGTH, backbone_folder
 
 RESULTS = ROOT / "benchmarks" / "results" / "utility.jsonl"
 FEDERATION = ROOT / "benchmarks" / "results" / "federation.jsonl"
+DECIDING = (
+    "client/engine",
+    "client/adapter.py",
+    "client/trainer.py",
+    "common/privacy",
+    "server/rounds.py",
+    "benchmarks/*.py",
+)
 SMALL = ("--rounds", "6", "--eval-every", "6")
 Line = dict[str, Any]
 
@@ -114,7 +122,7 @@ def run(cell: Cell, seed: int, states: FrozenStates, extra: tuple[str, ...] = ()
         "unit": "record",
         "relation": terms.relation,
         "sampler": "poisson",
-        "accountant": "RDP" if cell.arm == "rdp" else "PLD",
+        "accountant": "RDP, certified by PLD" if cell.arm == "rdp" else "PLD",
         "options": public(options),
         "clients": clients,
         **chance_of(config, cell.task),
@@ -168,8 +176,8 @@ def _adopted() -> Iterator[Line]:
 
 
 def _compared(options: list[str]) -> frozenset[str]:
-    """Options without order, the backbone's place, and what changes speed alone."""
-    return frozenset(options) - {"--cache-frozen-layers", "all-MiniLM-L6-v2"}
+    """Options without order, folders, the backbone's name, and what changes speed alone."""
+    return frozenset(one.rsplit("/", 1)[-1] for one in options) - {"--cache-frozen-layers", "all-MiniLM-L6-v2"}
 
 
 def missing(only: list[str], *, again: bool = False) -> Iterator[tuple[Cell, int]]:
@@ -222,9 +230,13 @@ def small() -> None:
 
 
 def commit() -> str:
-    """What is checked out, with a mark when files differ from it."""
-    asked = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    """What is checked out, with a plus when a file that decides figures differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", *DECIDING)
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def main() -> None:
