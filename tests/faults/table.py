@@ -34,7 +34,7 @@ class Standing:
         self._kind, self._folders, self._options = kind, folders, options
         self._made = self._sockets = None
 
-    def second_round(self, quorum=1):
+    def second_round(self, quorum=1, rounds=ROUNDS):
         """With a run that has just sent its second round."""
         if self._made is not None and not self._made.is_sound:
             self.close()
@@ -51,8 +51,8 @@ class Standing:
             self._made.start_all()
         made = self._made
         made.is_sound = False
-        made.run = made.submit(rounds=ROUNDS, quorum=quorum)
-        made.wait("round 2 is sent", lambda: f"round 2/{ROUNDS}: sent to" in made.run_log(made.run), 900)
+        made.run, made.rounds = made.submit(rounds=rounds, quorum=quorum), rounds
+        made.wait("round 2 is sent", lambda: f"round 2/{rounds}: sent to" in made.run_log(made.run), 900)
         return made
 
     def close(self):
@@ -104,13 +104,13 @@ def check_books(federation, lost):
     verdict = verify_certificate(federation.home / "runs" / federation.run / "certificate.json")
     assert verdict.private
     assert verdict.certificate.absent == ()
-    assert verdict.certificate.rounds_run == ROUNDS
+    assert verdict.certificate.rounds_run == federation.rounds
     for name in federation.names:
         own = {use.reservation_id: use.event for use in began(federation, name, federation.run)}
         counted = {item.reservation_id: item.event for item in accounted(federation, name, federation.run)}
         assert own.keys() <= counted.keys(), f"{name}: the coordinator's book says less than the organisation's"
         assert len(counted) - len(own) <= lost
-        assert len(counted) <= ROUNDS
+        assert len(counted) <= federation.rounds
         truth = charge(list(counted.values()), relation="add_remove", delta=DELTA).epsilon
         assert verdict.epsilons[name].epsilon == pytest.approx(truth, rel=1e-9)
         envelope = charged(federation, name, federation.run)

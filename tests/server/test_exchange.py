@@ -3,14 +3,18 @@
 import io
 import json
 import time
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from client.relay import to_arrays, to_record
 from common.errors import InvalidInput, Unavailable
 from common.messages import (
+    Description,
     Envelope,
     Plan,
     RefusalReason,
@@ -25,6 +29,7 @@ from common.messages import (
 from common.privacy import SampledGaussian
 from deploy.inprocess_grid import InProcessGrid
 from server.accountant import Outcome
+from server.aggregation import WeightedMean
 from server.deployed import provisioned_keys
 from server.exchange import Exchange, Failure
 
@@ -88,6 +93,43 @@ def test_answers_come_in_the_order_of_names_one_at_a_time(federation, trainer):
         assert isinstance(found, Reply)
         assert begun == seen, "no client's update waits in memory while another's is read"
     assert seen == ["a", "b", "c"]
+
+
+def test_the_coordinators_memory_is_flat_from_10_to_200_clients():
+    """One adapter to send and one update to add, however many there are: 1 MiB each here."""
+    large = {"w": np.zeros((512, 512), np.float32)}
+    app = ClientApp()
+
+    @app.query("describe")
+    def describe(message, context):
+        name = str(context.node_config["client"])
+        own = Description(name, name, name, 1000, "b", {"w": (512, 512)}, ("w",), "i")
+        return Message(RecordDict({"description": ConfigRecord({"json": json.dumps(own.to_json())})}), reply_to=message)
+
+    @app.train()
+    def train(message, context):
+        reply = {"reservation_id": "r" + str(context.node_config["client"]), "ledger_head": "h"}
+        content = RecordDict({"reply": ConfigRecord({"json": json.dumps(reply)}), "update": to_record(large)})
+        return Message(content, reply_to=message)
+
+    def peak(clients):
+        names = [f"c{number:03d}" for number in range(clients)]
+        exchange = Exchange(InProcessGrid(app, names))
+        exchange.describe(clients, 60.0)
+        requests = {name: replace(request(name), adapter=large) for name in names}
+        mean = WeightedMean({"w": (512, 512)})
+        tracemalloc.start()
+        try:
+            for _, answer in exchange.train(requests, 60.0):
+                mean.add(answer.update, 1.0)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+            assert mean.count == clients
+
+    peak(2)
+    few, many = peak(10), peak(200)
+    assert many - few < 3 * 2**20, f"{few / 2**20:.1f} MiB with 10 clients, {many / 2**20:.1f} MiB with 200"
 
 
 def test_an_exception_in_a_trainer_is_that_clients_error_alone(federation, trainer):
