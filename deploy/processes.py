@@ -147,8 +147,9 @@ class Supervisor:
 def _listen(process: subprocess.Popen[bytes], name: str, hear: Callable[[str, str], None]) -> None:
     """Every line until the process and those it started have closed their output; a full pipe would stop them."""
     if process.stdout is not None:
-        for line in process.stdout:
-            hear(name, line.decode("utf-8", errors="replace"))
+        with process.stdout as lines:
+            for line in lines:
+                hear(name, line.decode("utf-8", errors="replace"))
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:

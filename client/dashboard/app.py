@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from urllib.parse import quote
 
 from starlette.applications import Starlette
@@ -93,7 +92,7 @@ class _Pages:
 
     async def events(self, request: Request) -> Response:
         self._check(request)
-        return self._streams.answer(partial(_word, self._lookout))
+        return self._streams.answer(self._lookout.word)
 
     async def state(self, request: Request) -> Response:
         """The figures of the page for the organisation's own scripts."""
@@ -115,10 +114,6 @@ class _Pages:
             heading=heading, text=text, way_out=None, assets="/static/"
         )
         return HTMLResponse(page, status_code=status)
-
-
-def _word(lookout: Lookout) -> tuple[str, str]:
-    return lookout.version(), "The page was brought up to date."
 
 
 def render(snapshot: Snapshot) -> str:

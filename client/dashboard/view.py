@@ -115,7 +115,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything on the page; ``version`` changes with it."""
+    """Everything on the page; ``version`` changes with it, ``news`` says aloud what the ledger has more than before."""
 
     now: float
     policy: Policy
@@ -130,6 +130,7 @@ class Snapshot:
     alarms: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     version: str = ""
+    news: str = ""
 
 
 class Lookout:
@@ -167,14 +168,15 @@ class Lookout:
                 self._snapshot = self._look()
             return self._snapshot
 
-    def version(self) -> str:
-        """Of the last look; cheap. The first call starts the looking."""
+    def word(self) -> tuple[str, str]:
+        """Version and news of the last look; cheap. The first call starts the looking."""
         self._asked = time.monotonic()
         self._wanted.set()
         if self._thread is None:
             self._thread = threading.Thread(target=self._keep_looking, name="lookout", daemon=True)
             self._thread.start()
-        return "" if self._snapshot is None else self._snapshot.version
+        last = self._snapshot
+        return ("", "") if last is None else (last.version, last.news)
 
     def _keep_looking(self) -> None:
         while True:
@@ -205,8 +207,15 @@ class Lookout:
             last_time=book.last_time,
             alarms=tuple(self._alarms(book, policy)),
             warnings=tuple(self._warnings(policy, now)),
+            news=self._news(book),
         )
         return _versioned(found)
+
+    def _news(self, book: Book) -> str:
+        """What is worth being read aloud: not every step of a round."""
+        if self._snapshot is None or self._snapshot.lines == book.seq:
+            return ""
+        return "The ledger has new lines; the page was brought up to date."
 
     def _reload_policy(self) -> None:
         try:

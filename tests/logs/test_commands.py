@@ -17,7 +17,7 @@ from client.progress import Progress, WatchedTrainer
 from common import logs
 from common.messages import RefusalReason, Status, StatusCode
 from deploy import logs as options
-from deploy.cli import app
+from deploy.cli import app, main
 from deploy.processes import Service, Supervisor
 from server.accountant import Outcome
 from server.deployed import Journalist, RunFolder
@@ -47,6 +47,7 @@ def test_every_long_running_command_takes_it(words):
     assert option.help
 
 
+@pytest.mark.slow  # starts a process
 def test_an_accountant_in_json_says_nothing_on_standard_output(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "deploy.cli", "accountant", "serve", "--insecure", "--ledger"]
     arguments = [str(tmp_path / "l.sqlite"), "--key", str(tmp_path / "key"), "--address", f"unix:{tmp_path}/s"]
@@ -54,24 +55,40 @@ def test_an_accountant_in_json_says_nothing_on_standard_output(tmp_path):
         [*command, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, logs.VARIABLE: "json", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    first = process.stderr.readline()
-    process.send_signal(signal.SIGTERM)
-    out, rest = process.communicate(timeout=60)
+    try:
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        out, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 0, first + rest
     assert out == ""
     assert "listens on" in only_objects(first + rest)[0]["message"]
 
 
-def test_a_wrong_setting_is_one_line_and_its_exit_code(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "deploy.cli", "coordinator", "serve", "--log-format", "json"]
-    done = subprocess.run(
-        [*command, "--folder", str(tmp_path)], cwd=ROOT, text=True, capture_output=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 2
-    (line,) = only_objects(done.stderr)
+@pytest.fixture
+def own_logging():
+    """The process's logging, left as it was found."""
+    root, levels = logging.getLogger(), {room: logging.getLogger(room).level for room in logs.ROOMS}
+    before = list(root.handlers)
+    yield
+    options.begin("text", level=logging.WARNING)
+    root.handlers[:] = before
+    for room, level in levels.items():
+        logging.getLogger(room).setLevel(level)
+
+
+def test_a_wrong_setting_is_one_line_and_its_exit_code(tmp_path, monkeypatch, capsys, own_logging):
+    monkeypatch.setattr(sys, "argv", ["cloister", "coordinator", "serve", "--log-format", "json", "--folder", "x"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    found = capsys.readouterr()
+    (line,) = only_objects(found.err)
     assert (line["level"], line["exit_code"]) == ("error", 2)
     assert "--tls-certificate" in line["message"]
+    assert found.out == ""
 
 
 def test_what_children_print_is_heard_line_by_line(tmp_path):
