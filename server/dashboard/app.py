@@ -41,7 +41,7 @@ from server.dashboard.views import MOST_TROUBLES, PER_PAGE, Scope, Views, age_of
 from server.dashboard.watch import Watch
 
 Rule = Literal["anybody", "known", "auditor"]
-LINES = 100
+LINES, MOST_KEPT = 100, 64
 _STRANGER = Viewer("client")
 _ROLES: Mapping[Rule, Callable[[Viewer | None], bool]] = {
     "anybody": lambda viewer: True,
@@ -83,6 +83,7 @@ class Dashboard:
         self.watch, self.door = watch, door
         self.views = Views(watch)
         self.streams = Streams()
+        self.kept: dict[tuple[object, ...], tuple[object, Response]] = {}
         self._templates = environment("server.dashboard")
         self.app = Starlette(
             routes=[Route(page.path, self._guarded(page), methods=list(page.methods)) for page in PAGES],
@@ -164,7 +165,21 @@ def _runs(board: Dashboard, asked: Asked) -> Response:
 
 
 def _run(board: Dashboard, asked: Asked) -> Response:
+    """One run; made once per state for each viewer, however many browsers of theirs follow it."""
     run_id, page = asked.request.path_params["run"], _number(asked.request, "page")
+    state = (board.watch.version, int(board.watch.clock() // 30))  # ages are told in words
+    key = (run_id, page, asked.viewer, first_page(asked.request))
+    known = board.kept.get(key)
+    if known is not None and known[0] == state:
+        return known[1]
+    made = _run_page(board, asked, run_id, page)
+    if len(board.kept) >= MOST_KEPT:
+        board.kept.clear()
+    board.kept[key] = (state, made)
+    return made
+
+
+def _run_page(board: Dashboard, asked: Asked, run_id: str, page: int) -> Response:
     with board.watch.lock:
         views, scope = board.views, board.views.scope(run_id, asked.viewer)
         rows = views.rows(scope, page)

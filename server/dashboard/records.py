@@ -139,7 +139,7 @@ class Records:
         """Fold in the next lines."""
         known = self.folded
         after = known.seq - 1 if known.seq else None
-        rows = list(islice(ledger.rows(after=after), AT_ONCE + 1))
+        rows = list(islice(ledger.rows(after=after), AT_ONCE + (known.seq > 0)))
         if known.seq:
             if not rows or (rows[0][0], rows[0][8]) != (known.seq, known.head):
                 raise LedgerCorrupt(f"ledger line {known.seq} was there before and is not any more: it was set back")

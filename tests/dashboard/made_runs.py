@@ -236,7 +236,7 @@ def marks(figure: str) -> dict[str, dict[int, float]]:
     return found
 
 
-def until(true, seconds: float = 60.0, message: str = "") -> None:
+def until(true, seconds: float = 240.0, message: str = "") -> None:
     """Wait for something that must come to be."""
     deadline = time.monotonic() + seconds
     while not true():

@@ -84,7 +84,7 @@ class Door:
         (folder / "nginx.conf").write_text(outer)
         command = [NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
         self._process = subprocess.Popen(command)
-        until(self._answers, 60)
+        until(self._answers)
 
     def _answers(self) -> bool:
         assert self._process.poll() is None, "nginx has ended"

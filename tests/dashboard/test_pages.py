@@ -1,5 +1,6 @@
 """What the pages say: the ledger's figures, what went wrong and what it cost, and what must be seen first."""
 
+import html
 import json
 import re
 
@@ -154,7 +155,7 @@ def test_a_line_of_metrics_that_says_less_than_the_ledger_is_found(two_runs, coo
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines[-1]["epsilon"]["clinic-c"] /= 2
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = alerts(settled(shown(), f"/runs/{RUN_A}"))
+    said = html.unescape(alerts(settled(shown(), f"/runs/{RUN_A}")))
     assert re.search(r"clinic-c: metrics.jsonl says ε .* the ledger's lines cost", said)
     assert "clinic-a" not in said
 
@@ -166,7 +167,7 @@ def test_a_coordinator_that_is_down_shows_its_last_state_and_its_age(two_runs, c
     (run.folder.path / "state.json").write_text(json.dumps({**state, "updated": state["updated"] - 7200}))
     page = shown().get(f"/runs/{RUN_A}").text
     assert "Nobody works on this run" in alerts(page)
-    assert "2 hours ago (training)" in alerts(page)
+    assert "Its last state, training, is from 2 hours ago" in alerts(page)
     assert "interrupted" in page
 
 
