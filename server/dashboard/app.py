@@ -83,7 +83,7 @@ class Dashboard:
         self.watch, self.door = watch, door
         self.views = Views(watch)
         self.streams = Streams()
-        self.kept: dict[tuple[object, ...], tuple[object, Response]] = {}
+        self.kept: dict[tuple[object, ...], tuple[object, bytes]] = {}
         self._templates = environment("server.dashboard")
         self.app = Starlette(
             routes=[Route(page.path, self._guarded(page), methods=list(page.methods)) for page in PAGES],
@@ -170,13 +170,11 @@ def _run(board: Dashboard, asked: Asked) -> Response:
     state = (board.watch.version, int(board.watch.clock() // 30))  # ages are told in words
     key = (run_id, page, asked.viewer, first_page(asked.request))
     known = board.kept.get(key)
-    if known is not None and known[0] == state:
-        return known[1]
-    made = _run_page(board, asked, run_id, page)
-    if len(board.kept) >= MOST_KEPT:
-        board.kept.clear()
-    board.kept[key] = (state, made)
-    return made
+    if known is None or known[0] != state:
+        if len(board.kept) >= MOST_KEPT:
+            board.kept.clear()
+        known = board.kept[key] = (state, bytes(_run_page(board, asked, run_id, page).body))
+    return Response(known[1], media_type="text/html; charset=utf-8")
 
 
 def _run_page(board: Dashboard, asked: Asked, run_id: str, page: int) -> Response:
