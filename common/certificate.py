@@ -116,6 +116,10 @@ class Certificate:
     methods: Mapping[str, str] = field(default_factory=dict)
     absent: tuple[Absent, ...] = ()
 
+    def every_part(self) -> tuple[ClientPart, ...]:
+        """The signed parts, then what is said of those who signed none."""
+        return (*(item.part for item in self.parts), *(item.part for item in self.absent))
+
     def to_json(self) -> dict[str, Any]:
         """The object that is signed; ``absent`` is in it where somebody is."""
         body = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -228,7 +232,7 @@ def verify_certificate(source: bytes | Path | str, *, public_key: str | Collecti
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise LedgerCorrupt(f"the certificate is malformed: {error}") from error
     _check_signatures(certificate, body, signature)
-    every = [item.part for item in (*certificate.parts, *certificate.absent)]
+    every = certificate.every_part()
     epsilons = {part.client: _check_part(certificate, part) for part in every}
     _check_whole(certificate)
     keys = {public_key} if isinstance(public_key, str) else set(public_key or ())
@@ -340,7 +344,7 @@ def _check_number(client: str, name: str, stated: float | None, found: float | N
 
 def _check_whole(certificate: Certificate) -> None:
     """No client twice or missing, no privacy stated that the parts do not bear out, no reason left out."""
-    names = [item.part.client for item in (*certificate.parts, *certificate.absent)]
+    names = [part.client for part in certificate.every_part()]
     if not certificate.parts:
         raise LedgerCorrupt("no organisation has signed anything")
     if (

@@ -76,7 +76,7 @@ def certify(
         InvalidInput: it would not verify; nobody signed a part, for instance.
     """
     accounted = {client.name: accountant.attested(terms.run_id, client.name) for client in terms.clients}
-    every = [item.part for item in (*parts, *absent)]
+    every = (*(item.part for item in parts), *(item.part for item in absent))
     epsilons = {part.client: _epsilons(part, accounted[part.client], terms) for part in every}
     head, signature = accountant.signed_head()
     certificate = Certificate(

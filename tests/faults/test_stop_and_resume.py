@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 @pytest.fixture
 def federation(plain):
     """With rounds enough to be stopped between two of them, however long a command takes to start."""
-    return plain.second_round(rounds=8)
+    return plain.second_round(rounds=5)
 
 
 def certificate(federation):
