@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,15 +156,16 @@ class _Session:
             key=self.state.key_file("accountant"),
             seen=self.state.accountant_file,
         ) as accountant:
-            with tracking(self.config, self.terms, self.output) as track:
-                finished = self._train(accountant, track)
+            write = partial(write_metrics, self.output / "metrics.jsonl")
+            with tracking(self.config, self.terms, self.output, write) as keep:
+                finished = self._train(accountant, keep)
             return self._write(accountant, finished)
 
-    def _train(self, accountant: Accountant, track: Callable[[Lines], None]) -> Finished:
+    def _train(self, accountant: Accountant, keep: Callable[[Lines], None]) -> Finished:
         done: list[Finished] = []
 
         def serve(grid: Grid, _context: Context) -> None:
-            done.append(self._loop(Exchange(grid), accountant, track).run())
+            done.append(self._loop(Exchange(grid), accountant, keep).run())
 
         app = build_server_app(serve)
         if self.config.backend == "ray":
@@ -172,7 +174,7 @@ class _Session:
             self._in_process(app)
         return done[0]
 
-    def _loop(self, exchange: Exchange, accountant: Accountant, track: Callable[[Lines], None]) -> RoundLoop:
+    def _loop(self, exchange: Exchange, accountant: Accountant, keep: Callable[[Lines], None]) -> RoundLoop:
         descriptions = exchange.describe(len(self.terms.clients), CONNECT_TIMEOUT_S)
         if [one.client for one in descriptions] != [client.name for client in self.terms.clients]:
             raise Unavailable("the nodes that answered are not the silos of this run")
@@ -186,7 +188,7 @@ class _Session:
             folder=self.state.path,
             evaluate=self.evaluator,
             evaluate_every=self.config.eval_every,
-            on_metrics=lambda metrics: (write_metrics(self.output / "metrics.jsonl", metrics), track(metrics)),
+            on_metrics=keep,
             listener=self.watcher,
         )
 

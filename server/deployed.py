@@ -22,6 +22,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def _serve(grid: Grid, folder: RunFolder) -> None:
             seen=folder.home / "keys" / "accountant.pub",
             root=folder.home,
         ) as accountant,
-        tracking(config, terms, folder.path, root=folder.home) as track,
+        tracking(config, terms, folder.path, partial(write_metrics, folder.path), root=folder.home) as keep,
     ):
         loop = RoundLoop(
             terms=terms,
@@ -243,7 +244,7 @@ def _serve(grid: Grid, folder: RunFolder) -> None:
             accountant=accountant,
             key=coordinator,
             folder=folder.path,
-            on_metrics=lambda metrics: (write_metrics(folder.path, metrics), track(metrics)),
+            on_metrics=keep,
             listener=Journalist(folder, terms.rounds),
             should_stop=lambda: folder.is_told_to_stop,
         )

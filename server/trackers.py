@@ -56,14 +56,15 @@ class Tracker(Protocol):
 
 @contextmanager
 def tracking(
-    config: RunConfig, terms: RunTerms, folder: Path, *, root: Path = Path()
+    config: RunConfig, terms: RunTerms, folder: Path, first: Callable[[Lines], None], *, root: Path = Path()
 ) -> Iterator[Callable[[Lines], None]]:
-    """What to call with all metrics lines after each round; does nothing where no tracker is asked for.
+    """What to call with all metrics lines after each round: ``first``, and then every tracker that is asked for.
 
     Args:
         config: has the settings ``tensorboard`` and ``mlflow``.
         terms: of the run.
         folder: of the run; TensorBoard's files go there.
+        first: writes ``metrics.jsonl``; what it raises ends the run, unlike what a tracker raises.
         root: where a relative path of an MLflow store starts.
 
     Raises:
@@ -78,6 +79,7 @@ def tracking(
         trackers.append(Mlflow(address, terms.run_id, parameters(config, terms)))
 
     def write(metrics: Lines) -> None:
+        first(metrics)
         for tracker in list(trackers):
             try:
                 tracker.write(metrics)
@@ -135,7 +137,8 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
     found = {name: float(line[name]) for name in ("score", "loss", "seconds") if line[name] is not None}
     epsilon = line["epsilon"] or {}
     clients = sorted(epsilon)
-    return found | {f"epsilon/{name}": float(epsilon[client]) for name, client in zip(names_of(clients), clients)}  # noqa: B905 (one per client)
+    named = zip(names_of(clients), clients, strict=True)
+    return found | {f"epsilon/{name}": float(epsilon[client]) for name, client in named}
 
 
 class TensorBoard:

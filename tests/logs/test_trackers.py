@@ -147,14 +147,16 @@ def test_no_place_on_a_machine_is_among_the_parameters(terms):
     assert found["überland.delta"] == "1e-05"
 
 
-def test_without_the_settings_nothing_is_written(tmp_path, terms):
-    with tracking(RunConfig.from_mapping({}), terms, tmp_path) as track:
+def test_without_the_settings_nothing_but_the_metrics_is_written(tmp_path, terms):
+    kept = []
+    with tracking(RunConfig.from_mapping({}), terms, tmp_path, kept.append) as track:
         track(lines(2))
+    assert kept == [lines(2)]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tracker_that_fails_stops_and_the_run_goes_on(tmp_path, terms, monkeypatch, caplog):
-    asked = []
+    asked, kept = [], []
 
     def full(self, metrics):
         asked.append(metrics)
@@ -163,11 +165,12 @@ def test_a_tracker_that_fails_stops_and_the_run_goes_on(tmp_path, terms, monkeyp
     monkeypatch.setattr(TensorBoard, "write", full)
     with (
         caplog.at_level(logging.WARNING),
-        tracking(RunConfig.from_mapping({"tensorboard": True}), terms, tmp_path) as t,
+        tracking(RunConfig.from_mapping({"tensorboard": True}), terms, tmp_path, kept.append) as t,
     ):
         t(lines(1))
         t(lines(2))
     assert len(asked) == 1
+    assert kept == [lines(1), lines(2)]
     assert "TensorBoard stops, the run goes on: OSError" in caplog.text
 
 
@@ -175,12 +178,12 @@ def test_what_cannot_be_opened_is_said_before_round_1(tmp_path, terms, monkeypat
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(Unavailable, match="TensorBoard"),
-        tracking(RunConfig.from_mapping({"tensorboard": True}), terms, tmp_path / "file"),
+        tracking(RunConfig.from_mapping({"tensorboard": True}), terms, tmp_path / "file", print),
     ):
         pass
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with (
         pytest.raises(InvalidInput, match=r"cloister\[mlflow\]"),
-        tracking(RunConfig.from_mapping({"mlflow": "m.db"}), terms, tmp_path),
+        tracking(RunConfig.from_mapping({"mlflow": "m.db"}), terms, tmp_path, print),
     ):
         pass
