@@ -80,6 +80,17 @@ class _Fit(logging.Filter):
         return not any(record.name == name or record.name.startswith(f"{name}.") for name in SILENT)
 
 
+class _StandardError(logging.Handler):
+    """Writes to what standard error is at that moment: it may be replaced after the log was configured."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:  # a log that cannot be written must not end what it tells of
+            self.handleError(record)
+
+
 def configure(
     form: Form, *, holds_records: bool = False, stream: TextIO | None = None, level: int = logging.INFO
 ) -> None:
@@ -91,7 +102,7 @@ def configure(
         stream: where to.
         level: least level of our own lines; a library's are shown from WARNING on.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler: logging.Handler = _StandardError() if stream is None else logging.StreamHandler(stream)
     if form == "json":
         handler.setFormatter(JsonLines())
         handler.addFilter(_Fit(holds_records=holds_records))
