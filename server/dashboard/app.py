@@ -2,6 +2,7 @@
 
     /                              the runs                                          known
     /runs/{run}                    one run                                           known
+    /runs/{run}/rounds/{round}     who was asked in a round, and what became of it   known
     /runs/{run}/certificate.json   its certificate; a client gets its own part       known
     /runs/{run}/ledger             its lines in the ledger                           auditor
     /ledger                        every ledger and whether its chain holds          auditor
@@ -37,6 +38,7 @@ from common.pages.charts import Series
 from common.pages.serving import Streams, StrictHeaders, first_page, static_answer
 from server.dashboard.doors import ByToken, Door
 from server.dashboard.metrics import exposition
+from server.dashboard.rounds import participants
 from server.dashboard.views import MOST_TROUBLES, PER_PAGE, Scope, Views, age_of
 from server.dashboard.watch import Watch
 
@@ -262,6 +264,23 @@ def _certificate(board: Dashboard, asked: Asked) -> Response:
     return Response(data, media_type="application/json", headers=headers)
 
 
+def _round(board: Dashboard, asked: Asked) -> Response:
+    run_id, text = asked.request.path_params["run"], asked.request.path_params["round"]
+    with board.watch.lock:
+        scope = board.views.scope(run_id, asked.viewer)
+        known = {row.server_round: row for row in board.views.rounds(scope)}
+        row = known.get(int(text)) if text.isascii() and text.isdigit() and len(text) < 10 else None
+        if row is None:
+            raise InvalidInput("no such round was begun")
+        folded = board.watch.records_of(run_id).folded
+        return board.render(
+            "round.html", asked.request, viewer=asked.viewer, run_id=run_id, row=row, whole=scope.whole,
+            alerts=board.views.alerts(scope), facts=scope.facts, known=known,
+            people=participants(folded, scope.accounts, row.server_round),
+            moments=folded.moments.get((run_id, row.server_round)) if scope.whole else None,
+        )  # fmt: skip
+
+
 def _run_ledger(board: Dashboard, asked: Asked) -> Response:
     run_id, after = asked.request.path_params["run"], _number(asked.request, "after", 0)
     with board.watch.lock:
@@ -340,6 +359,7 @@ PAGES: tuple[Page, ...] = (
     Page("/events", "known", _events),
     Page("/runs/{run}", "known", _run),
     Page("/runs/{run}/events", "known", _events),
+    Page("/runs/{run}/rounds/{round}", "known", _round),
     Page("/runs/{run}/certificate.json", "known", _certificate),
     Page("/runs/{run}/ledger", "auditor", _run_ledger),
     Page("/ledger", "auditor", _ledgers),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from common.privacy import SampledGaussian
-from server.book import Held
+from server.book import Account, Held
 from server.dashboard.records import Folded
 
 Word = Literal["replied", "refused", "failed", "open", "returned"]
@@ -75,6 +75,30 @@ def course(folded: Folded, run_id: str, only: str | None = None) -> Course:
             if word not in ("replied", "open"):
                 found.troubles.append(_trouble(held, word, detail))
     found.troubles.sort(key=lambda one: (-one.server_round, one.client, one.reservation_id))
+    return found
+
+
+@dataclass(frozen=True)
+class Participant:
+    """One request of one round: to whom, which attempt, what became of it, whether it is charged and for what."""
+
+    client: str
+    attempt: int
+    word: Word
+    detail: str
+    charged: bool
+    event: SampledGaussian | None
+
+
+def participants(folded: Folded, accounts: Mapping[str, Account], server_round: int) -> list[Participant]:
+    """Everybody of ``accounts`` who was asked in a round, in the order of names."""
+    found = []
+    for name in sorted(accounts):
+        for held in accounts[name].held:
+            if held.reservation.server_round == server_round:
+                word, detail = fate(held, folded)
+                event, attempt = held.reservation.event, held.reservation.attempt
+                found.append(Participant(name, attempt, word, detail, held.is_spent, event))
     return found
 
 

@@ -24,6 +24,8 @@ from server.dashboard.watch import Checked, Watch
 
 PER_PAGE, DRAWN, MOST_ROUNDS, MOST_TROUBLES = 50, 6, 300, 100
 DISAGREEMENT = 1e-9
+FOR_ALL = ("round", "score", "loss")
+"""What every client may see of a round's line: the rest names others, or tells how long they took."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,8 @@ class Views:
             line = lines.get(number)
             largest = None if line is None else _largest(line, None if scope.whole else scope.names)
             seconds = None if line is None or not scope.whole else float(line.get("seconds") or 0.0)
+            if line is not None and not scope.whole:
+                line = {name: line.get(name) for name in FOR_ALL}
             found.append(RoundRow(number, line, scope.course.rounds.get(number, Tally()), largest, seconds))
         return found
 
@@ -313,14 +317,16 @@ class Views:
 
     def _version(self, run_id: str | None, viewer: Viewer) -> tuple[str, str]:
         if run_id is None:
-            lines = [(one.run_id, one.standing, one.done, one.score, one.epsilon) for one in self.runs(viewer)]
+            lines = [(one.run_id, one.standing.word, one.done, one.score, one.epsilon) for one in self.runs(viewer)]
             return _digest(lines), ""
         scope = self.scope(run_id, viewer)
-        seen: list[object] = [self.alerts(scope), self.watch.standing(run_id), self.certificate(scope)]
+        alerts, standing, found = self.alerts(scope), self.watch.standing(run_id), self.certificate(scope)
         if scope.whole:
-            return _digest([*seen, self.watch.version]), self._news(scope)
-        seen += [self.rows(scope, 1), self.rounds(scope), self.history(scope, scope.names[0])]
-        return _digest(seen), self._news(scope)
+            return _digest([alerts, standing, found, self.watch.version]), self._news(scope)
+        # Of what is shown and of nothing else: who guesses another's figures could try the guess on a digest of them.
+        seen = [alerts, standing.word, None if found is None else (found.consistent, found.private)]
+        figures = [self.rows(scope, 1), self.rounds(scope), self.history(scope, scope.names[0])]
+        return _digest([*seen, *figures]), self._news(scope)
 
     def page_version(self, run_id: str | None, viewer: Viewer) -> str:
         """The version alone."""

@@ -37,6 +37,10 @@ FORGED = (
 )
 
 
+def filled(path: str) -> str:
+    return path.replace("{run}", RUN_A).replace("{round}", "1")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -157,19 +161,18 @@ def test_a_kit_opens_its_own_pages_and_an_auditors_all(door):
 def test_without_a_certificate_the_page_says_what_is_missing(door):
     for page in PAGES:
         if page.rule != "anybody":
-            status, said, _ = door.ask(page.path.replace("{run}", RUN_A), None)
+            status, said, _ = door.ask(filled(page.path), None)
             assert status == 401, page.path
             assert "needs a certificate of a kit" in said
 
 
 @pytest.mark.parametrize("kit", [None, "clinic-b"])
 def test_headers_that_a_caller_makes_up_change_nothing(door, kit):
-    expected = {
-        page.path: door.ask(page.path.replace("{run}", RUN_A), kit)[0] for page in PAGES if "events" not in page.path
-    }
+    paths = [page.path for page in PAGES if "events" not in page.path]
+    expected = {path: door.ask(filled(path), kit)[0] for path in paths}
     for headers in [FORGED, *[(one,) for one in FORGED], FORGED[:3] * 2]:
         for path, status in expected.items():
-            found, said, _ = door.ask(path.replace("{run}", RUN_A), kit, *headers)
+            found, said, _ = door.ask(filled(path), kit, *headers)
             # 400: nginx does not take such a header at all.
             assert found in (status, 400), (path, headers)
             assert "clinic-a" not in said

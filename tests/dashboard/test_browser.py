@@ -15,7 +15,8 @@ from server.dashboard.watch import Watch
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 RUN_A, RUN_B = "a" * 16, "b" * 16
-PAGES = ("/", f"/runs/{RUN_A}", f"/runs/{RUN_B}", f"/runs/{RUN_A}/ledger", "/ledger", "/runs/nothing")
+OF_A = ("", "/rounds/2", "/ledger")
+PAGES = ("/", *(f"/runs/{RUN_A}{rest}" for rest in OF_A), f"/runs/{RUN_B}", "/ledger", "/runs/nothing")
 SERIOUS = ("serious", "critical")
 FOCUSED = "document.activeElement.tagName + ' ' + document.activeElement.textContent.trim().slice(0, 40)"
 PHONE = {"width": 390, "height": 844}
@@ -95,7 +96,7 @@ def test_a_finished_round_is_on_the_page_within_two_seconds_without_a_reload(at,
     page.locator("#chart-score summary").click()
     page.locator("#chart-score summary").focus()
     ended = run.round(3, score=0.625)
-    page.wait_for_selector("tr[data-round='3'] th:text-is('3')", timeout=60_000)
+    page.wait_for_selector("tr[data-round='3'] th a:text-is('3')", timeout=60_000)
     took = time.monotonic() - ended
     assert took < 2.0, f"{took:.2f} s"
     assert drawn(page, "score", "score")[3] == 0.625

@@ -50,6 +50,10 @@ def row(page: str, name: str) -> str:
     return re.search(rf'<tr data-client="{name}">(.*?)</tr>', page, re.S)[1]
 
 
+def words(markup: str) -> str:
+    return " ".join(re.sub("<[^>]+>", " ", markup).split())
+
+
 def alerts(page: str) -> str:
     return page[page.index('id="alerts"') : page.index("<main")]
 
@@ -93,6 +97,16 @@ def test_refusals_and_failures_stand_with_their_charges(two_runs, shown):
     assert refused.startswith("2 clinic-c refused without giving it back all 1 steps at σ")
     assert failed.startswith("1 clinic-c failed timeout all 1 steps at σ")
     assert float(failed.split()[-1]) > 0  # what it adds to the ε that is spent
+
+
+def test_a_rounds_page_names_who_was_asked_and_what_became_of_it(two_runs, shown):
+    client = shown()
+    page = client.get(f"/runs/{RUN_A}/rounds/1").text
+    assert words(row(page, "clinic-c")).startswith("clinic-c 1 failed timeout all 1 steps")
+    assert words(row(page, "clinic-a")).startswith("clinic-a 1 replied all 1 steps")
+    assert "none: given back" in row(client.get(f"/runs/{RUN_A}/rounds/2").text, "clinic-a")
+    for nothing in ("3", "0", "one", "99999999999"):
+        assert client.get(f"/runs/{RUN_A}/rounds/{nothing}").status_code == 404
 
 
 def test_a_refusal_that_is_given_back_costs_nothing(two_runs, coordinator, shown):
