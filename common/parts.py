@@ -7,6 +7,7 @@ reserved for it. That is the coordinator's word alone, and every statement made 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from common.errors import InvalidInput
 from common.messages import Envelope
 from common.privacy import SampledGaussian
+from common.privacy.checks import RELATIONS
 from common.signing import SigningKey, digest
 
 ABSENT = {
@@ -39,9 +41,14 @@ class Attested:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Attested:
-        """The inverse of ``to_json``."""
+        """The inverse of ``to_json``; ValueError where a place or a round is no whole number, or the id no text."""
         event = None if value["event"] is None else SampledGaussian.from_json(value["event"])
-        return cls(**{**value, "event": event})
+        found = cls(**{**value, "event": event})
+        if type(found.participation) is not int or type(found.server_round) is not int:
+            raise ValueError(f"reservation {found.reservation_id}: round and place must be whole numbers")
+        if not isinstance(found.reservation_id, str):
+            raise ValueError(f"{found.reservation_id!r} is no reservation")
+        return found
 
 
 @dataclass(frozen=True)
@@ -97,14 +104,41 @@ class ClientPart:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ClientPart:
-        """The inverse of ``to_json``; ValueError when the plan's hash is not that of the rest."""
+        """The inverse of ``to_json``.
+
+        Raises:
+            ValueError: the plan's hash is not that of the rest, or an ε of this part would mean nothing here.
+        """
         body = {name: item for name, item in value.items() if name != "plan_hash"}
         body["envelope"] = Envelope.from_json(body["envelope"])
         body["rounds"] = tuple(Attested.from_json(item) for item in body["rounds"])
         part = cls(**body)
         if value["plan_hash"] != part.plan_hash:
             raise ValueError(f"{part.client}: the plan's hash is not that of the envelope")
+        part._check()
         return part
+
+    def _check(self) -> None:
+        """An ε follows from events for records drawn by Poisson sampling, and is said of nothing else.
+
+        Whoever signs a part writes its words: one that named the unit ``user`` would have a record's ε read as a
+        person's.
+        """
+        heads = (self.first_head, self.last_head, self.code_digest)
+        if not all(isinstance(one, str) for one in (self.run_id, self.client, self.dataset, self.public_key, *heads)):
+            raise ValueError(f"{self.client!r}: a name, a head or a key is no text")
+        if not isinstance(self.mechanism, str):
+            raise ValueError(f"{self.client}: the mechanism is no text")
+        if (self.unit, self.sampler) != ("record", "poisson") or self.relation not in RELATIONS:
+            raise ValueError(
+                f"{self.client}: nothing is known here of unit {self.unit!r} under relation {self.relation!r} and "
+                f"{self.sampler!r} sampling"
+            )
+        numbers = (self.delta, self.clipping_norm, 1.0 if self.target_epsilon is None else self.target_epsilon)
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
+            raise ValueError(f"{self.client}: δ, C and the target ε must be finite numbers")
+        if type(self.declared_records) is not int or self.declared_records < 1 or not 0 < self.delta < 1:
+            raise ValueError(f"{self.client}: declared records must be 1 or more, and δ between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from common.attestation import part_from_json, part_to_json
 from common.certificate import (
     Absent,
     Attested,
@@ -196,6 +197,33 @@ AGAIN = Attested("x", 2, 1, EVENT)
 def test_a_signed_lie_is_found(forged, message):
     with pytest.raises(LedgerCorrupt, match=message):
         verify_certificate(forge(forged()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unit": "user"}, "nothing is known here of unit 'user'"),
+        ({"sampler": "shuffled"}, "'shuffled' sampling"),
+        ({"relation": "none"}, "relation 'none'"),
+        ({"declared_records": 0}, "declared records"),
+        ({"declared_records": "many"}, "declared records"),
+        ({"delta": "1e-5"}, "finite numbers"),
+        ({"delta": 0.0}, "between 0 and 1"),
+        ({"target_epsilon": "2"}, "finite numbers"),
+        ({"mechanism": 3}, "no text"),
+        ({"rounds": (Attested("1", 1, 0.0, EVENT),)}, "whole numbers"),
+        ({"rounds": (Attested("1", 1, True, EVENT),)}, "whole numbers"),
+        ({"rounds": (Attested(1, 1, 0, EVENT),)}, "no reservation"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_part_whose_epsilon_would_mean_something_else_is_refused_by_everybody_who_reads_it(changes, message):
+    """Its signature is right: the lie, or the fault, is in what was signed."""
+    false = part(**changes)
+    with pytest.raises(LedgerCorrupt, match=message):
+        verify_certificate(forge(replace(certificate(), parts=(sign_part(CLIENT, false),))))
+    with pytest.raises(InvalidInput, match=message):
+        part_from_json(part_to_json(sign_part(CLIENT, false)))
 
 
 def lowered(name):
