@@ -28,7 +28,7 @@ from deploy.client_dashboard import dashboard as client_dashboard
 from deploy.coordinator_commands import coordinator_app
 from deploy.dashboard_commands import register as register_dashboard
 from deploy.ledger_commands import certificate_app, ledger_app
-from deploy.logs import LogFormat, begin, report
+from deploy.logs import LogFormat, begin, report, report_fault
 from deploy.options import with_run_options
 from deploy.plan_commands import calibrate, plan
 from deploy.policy_commands import policy_app, register_budget
@@ -194,6 +194,10 @@ def main() -> None:
         _fail(Interrupted("interrupted; go on with --resume and the same --output"))
     except CloisterError as error:
         _fail(error)
+    except Exception as error:
+        if _State.debug or not report_fault(error):
+            raise
+        sys.exit(1)
     else:
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import threading
@@ -42,6 +43,10 @@ def begin(form: logs.Form, *, holds_records: bool = False, level: int = logging.
     """Configure this process's log; ``holds_records`` as in ``common/logs.py``."""
     _State.is_json, _State.holds_records = form == "json", holds_records
     logs.configure(form, holds_records=holds_records, level=level)
+    if form == "json" and holds_records:
+        # transformers prints with a handler of its own, past every filter here: how many tokens a long record has, say.
+        os.environ["TRANSFORMERS_VERBOSITY"] = "critical"  # read when it is loaded
+        logging.getLogger("transformers").setLevel(logging.CRITICAL)  # it is loaded already
 
 
 def announcer(form: logs.Form) -> Callable[[str], None]:
@@ -58,6 +63,17 @@ def report(error: CloisterError) -> bool:
         # The reader of a file says what it could not read, and that may be a record.
         text = "a setting, a file or a record is not usable; without --log-format json the command says which"
     log.error(text, extra={"exit_code": error.exit_code})
+    return True
+
+
+def report_fault(error: BaseException) -> bool:
+    """Tell what nobody foresaw in the JSON log, by its type and places alone: a traceback's last line may be a record.
+
+    False where there is no JSON log; then the traceback is for the person at the terminal.
+    """
+    if not _State.is_json:
+        return False
+    log.critical("the command ended by a fault", exc_info=error, extra={"exit_code": 1})
     return True
 
 

@@ -142,3 +142,35 @@ def test_a_childs_own_line_keeps_its_fields_and_gets_the_service():
 def test_a_childs_other_lines_become_lines_with_the_level_they_begin_with(printed, level, message):
     found = json.loads(options.child_line("superlink", printed, 5.0))
     assert (found["level"], found["message"], found["service"]) == (level, message, "superlink")
+
+
+def test_a_library_with_a_handler_of_its_own_says_nothing_beside_records(stream, monkeypatch, capfd):
+    """transformers tells the length of a long record on standard error, whatever the root logger's filters say."""
+    from transformers.utils import logging as theirs
+
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "warning")
+    level = theirs.get_verbosity()
+    try:
+        words = theirs.get_logger("transformers.tokenization_utils_base")
+        options.begin("json", holds_records=True)
+        words.warning("Token indices sequence length is longer than the maximum for this model (1234 > 512)")
+        theirs._reset_library_root_logger()  # as when it is loaded only now
+        theirs.get_logger("transformers.tokenization_utils_base").warning("1234 > 512")
+        assert "1234" not in capfd.readouterr().err
+    finally:
+        theirs.set_verbosity(level)
+
+
+def test_a_fault_is_told_without_its_words(stream, monkeypatch):
+    options.begin("json", holds_records=True)
+    logs.configure("json", holds_records=True, stream=stream)
+    with pytest.raises(KeyError) as found:
+        raise KeyError(SECRET)
+    assert options.report_fault(found.value)
+    (line,) = lines(stream)
+    assert line["level"] == "critical"
+    assert line["exit_code"] == 1
+    assert line["exception"]["type"] == "KeyError"
+    assert SECRET not in stream.getvalue()
+    options.begin("text", level=logging.WARNING)
+    assert not options.report_fault(KeyError(SECRET))
