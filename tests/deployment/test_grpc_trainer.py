@@ -127,6 +127,21 @@ def test_two_trainers_behind_sockets_train_one_adapter(tmp_path, run_folder, tra
     assert json.loads((run_folder / "state.json").read_text())["state"] == "finished"
 
 
+def test_trainers_set_otherwise_than_the_run_are_refused_by_the_settings_name_and_nothing_is_sent(
+    tmp_path, run_folder, trainers
+):
+    settings = (run_folder / "run.toml").read_text()
+    (run_folder / "run.toml").write_text(settings + "lora-alpha = 32.0\n")
+    with pytest.raises(InvalidInput, match=r"east: lora-alpha is 16\.0 in its trainer\.toml and 32\.0 in this run"):
+        run(grid_of(tmp_path, ["east", "west"]), run_folder)
+    assert json.loads((run_folder / "state.json").read_text())["exit_code"] == 2
+    assert not (run_folder / "parties.json").exists()
+    for trainer in trainers.values():
+        coordinator = SigningKey.load(tmp_path / "keys" / "coordinator.key").public_key
+        assert trainer.trained == 0
+        assert trainer.guard.uses(coordinator, RUN) == ()
+
+
 def test_the_same_folder_run_again_trains_nothing_more(tmp_path, run_folder, trainers):
     first = run(grid_of(tmp_path, ["east", "west"]), run_folder)
     again = run(grid_of(tmp_path, ["east", "west"]), run_folder)

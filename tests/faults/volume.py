@@ -3,9 +3,7 @@
 import os
 import resource
 import subprocess
-
-FREE = 256 * 1024
-"""Bytes that are left on it before it is filled."""
+from contextlib import suppress
 
 
 class Volume:
@@ -26,14 +24,11 @@ class Volume:
                 resource.prlimit(process, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
                 self._limited.append(process)
             return
-        with self._filler.open("wb") as file:
-            for piece in (1 << 20, 4096, 512, 1):
-                try:
+        with self._filler.open("wb", buffering=0) as file:
+            for piece in (1 << 20, 4096, 1):
+                with suppress(OSError):  # no room for another piece of this size
                     while True:
                         file.write(b"\0" * piece)
-                        file.flush()
-                except OSError:
-                    continue
 
     def free(self):
         self._filler.unlink(missing_ok=True)
