@@ -43,7 +43,7 @@ def commands(tmp_path_factory):
             [sys.executable, "-W", "ignore", str(Path(__file__).with_name("warm.py")), str(address)],
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
         )  # fmt: skip
-    ready, _, _ = select.select([process.stdout], [], [], 280)
+    ready, _, _ = select.select([process.stdout], [], [], 1200)
     assert ready, log.read_text()
     assert process.stdout.readline() == b"ready\n", log.read_text()
     install(folder, address)

@@ -16,6 +16,8 @@ import pytest
 from blocks import KINDS, ROOT, blocks_of, pages
 from conftest import records
 
+pytestmark = pytest.mark.timeout(1800)  # a busy machine is no failure
+
 PAGES = pages()
 WITH_COMMANDS = [name for name, blocks in PAGES.items() if any(block.is_shell for block in blocks)]
 WITH_MORE = [name for name in WITH_COMMANDS if any(b.is_slow or b.mark == "in the test" for b in PAGES[name])]
