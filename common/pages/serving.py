@@ -179,6 +179,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen()  # from here on a browser waits for the server instead of being turned away
     except OSError as error:
         listener.close()
         raise Unavailable(f"{host}:{port}: cannot listen there ({error.strerror or error})") from error
