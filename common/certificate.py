@@ -228,14 +228,19 @@ def verify_certificate(source: bytes | Path | str, *, public_key: str | Collecti
     """
     body, signature = _parse(_read(source))
     try:
-        certificate = Certificate.from_json(body)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return _verdict(body, signature, {public_key} if isinstance(public_key, str) else set(public_key or ()))
+    except (LedgerCorrupt, Refused):
+        raise
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:  # whoever signs writes anything
         raise LedgerCorrupt(f"the certificate is malformed: {error}") from error
+
+
+def _verdict(body: Mapping[str, Any], signature: str, keys: Collection[str]) -> Verdict:
+    """All checks but those of the bytes; ``keys`` are the pinned ones."""
+    certificate = Certificate.from_json(body)
     _check_signatures(certificate, body, signature)
-    every = certificate.every_part()
-    epsilons = {part.client: _check_part(certificate, part) for part in every}
+    epsilons = {part.client: _check_part(certificate, part) for part in certificate.every_part()}
     _check_whole(certificate)
-    keys = {public_key} if isinstance(public_key, str) else set(public_key or ())
     if keys and certificate.coordinator_key not in keys:
         raise Refused("the certificate is not signed by the pinned coordinator key")
     parties = {"coordinator": certificate.coordinator_key, "accountant": certificate.accountant_key}

@@ -226,6 +226,26 @@ def test_a_part_whose_epsilon_would_mean_something_else_is_refused_by_everybody_
         part_from_json(part_to_json(sign_part(CLIENT, false)))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reasons": (1, 2), "private": False},
+        {"accountant_head_signature": 7},
+        {"coordinator_key": 7},
+        {"epsilon": "0.1"},
+        {"estimate": Estimate("x", None, 3)},
+    ],
+    ids=str,
+)
+def test_words_of_another_type_are_a_certificate_that_does_not_verify(changes):
+    """And no fault of whoever verifies: a dashboard that ends over one certificate shows none."""
+    good = certificate()
+    if set(changes) <= {"epsilon", "estimate"}:
+        changes = {"epsilons": {"clinic-a": replace(good.epsilons["clinic-a"], **changes)}}
+    with pytest.raises(LedgerCorrupt):
+        verify_certificate(forge(replace(good, **changes)))
+
+
 def lowered(name):
     good = certificate()
     numbers = good.epsilons["clinic-a"]
