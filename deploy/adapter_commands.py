@@ -42,7 +42,7 @@ def build(run: Path, model: str, output: Path, classes: tuple[str, ...] = ()) ->
     """
     from client.adapter import save, set_arrays
     from deploy.statements import SETTINGS
-    from deploy.workshop import open_workshop
+    from deploy.workshop import WITHOUT_RECORDS, open_workshop
     from server.deployed import read_adapter
 
     if output.exists():
@@ -54,7 +54,7 @@ def build(run: Path, model: str, output: Path, classes: tuple[str, ...] = ()) ->
     certificate = verify_certificate(run / "certificate.json").certificate
     if adapter_hash(arrays) != certificate.adapter_hash:
         raise Refused(f"{run / 'adapter.npz'}: not the adapter that the certificate speaks of")
-    config = RunConfig.load(run / "run.toml", {"model": model})
+    config = RunConfig.load(run / "run.toml", {"model": model, **WITHOUT_RECORDS})
     workshop = open_workshop(config, classes, test=False)
     if workshop.workbench.backbone_hash != certificate.backbone_hash:
         raise Refused(f"{model}: another backbone than the run's ({certificate.backbone_hash})")

@@ -114,10 +114,11 @@ def _initial(
 
     from common.config import RunConfig
     from deploy.simulate import quiet_warnings
-    from deploy.workshop import open_workshop
+    from deploy.workshop import WITHOUT_RECORDS, open_workshop
 
+    names = tuple(classes.split(",")) if classes else ()
     with quiet_warnings():
-        workshop = open_workshop(RunConfig.load(settings, {}), tuple((classes or "").split(",")) if classes else ())
+        workshop = open_workshop(RunConfig.load(settings, WITHOUT_RECORDS), names)
     np.savez(output, allow_pickle=False, **workshop.workbench.initial)
     typer.echo(f"{output}: {len(workshop.workbench.initial)} tensors")
 

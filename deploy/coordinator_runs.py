@@ -22,7 +22,7 @@ from server.deployed import RunFolder, read_adapter, run_in
 
 NOT_DEPLOYED = (
     "data", "eval_data", "holdout", "silos", "silo_column", "only_silos", "prompt_column", "completion_column",
-    "label_column", "seed", "output", "resume", "backend",
+    "label_column", "seed", "output", "resume", "backend", "subspace_data", "cache_frozen_layers",
 )  # fmt: skip
 """Settings of records or of one machine: in a federation each organisation has its own (``trainer.toml``)."""
 

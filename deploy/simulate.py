@@ -24,6 +24,7 @@ from flwr.serverapp import Grid
 
 from client.data.tokens import Prepared
 from client.engine import FrozenStates
+from client.engine.subspace import refuse_private_rows
 from client.evaluator import Evaluator
 from client.relay import build_relay
 from client.trainer import StepListener, Trainer
@@ -117,6 +118,8 @@ def simulate(config: RunConfig, watcher: Watcher | None = None, *, states: Froze
         workshop = open_workshop(config, (), states=states)
         inputs, classes = gather(config), ()
     prepared = tokenise_silos(config, inputs.silos, workshop.tokenizer, workshop.max_length, classes)
+    # All silos at once: in a copy of the whole data no silo's own records need be the most.
+    refuse_private_rows(workshop.workbench.public_rows, [row for one in prepared.values() for row in one.examples])
     evaluator = _evaluator(config, inputs, workshop, classes)
     fresh = not output.exists()
     with ExitStack() as stack:

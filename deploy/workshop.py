@@ -36,6 +36,9 @@ DEFAULT_LENGTH = 256
 
 PRECISIONS = {"float32": "float32", "bf16": "bfloat16"}
 
+WITHOUT_RECORDS = {"subspace": "none", "subspace_data": None}
+"""Over a run's settings where nothing is trained: the adapter is the same without a basis, and no row is needed."""
+
 
 @dataclass(frozen=True)
 class Workshop:
@@ -146,13 +149,15 @@ def _subspace(
 
 
 def refuse_same_file(public: str, private: str) -> None:
-    """Refuse to learn from the records' own file, or from one in their folder.
+    """Refuse to learn from the records' own file, from one in their folder, or from a folder that holds them.
 
     Raises:
-        InvalidInput: ``public`` is ``private`` or lies in it.
+        InvalidInput: ``public`` is ``private``, or one of them lies in the other.
     """
-    one, other = Path(public), Path(private)
-    if one.exists() and other.exists() and (one.samefile(other) or other.resolve() in one.resolve().parents):
+    one, other = Path(public).resolve(), Path(private).resolve()
+    if not (one.exists() and other.exists()):
+        return
+    if one.samefile(other) or other in one.parents or one in other.parents:
         raise InvalidInput(
             f"subspace-data {public} is the records' own file: a basis from private data would be a release that "
             "nobody pays for; name rows that are public, or use subspace = random"

@@ -101,7 +101,10 @@ def certify(
         parts=tuple(parts),
         accounted=accounted,
         epsilons=epsilons,
-        not_protected=not_protected(release="immediate", anchored=False, simulation=circumstances.simulation),
+        not_protected=(
+            *not_protected(release="immediate", anchored=False, simulation=circumstances.simulation),
+            *_counted_as_public(terms),
+        ),
         notes=circumstances.notes,
         software=f"cloister {version('cloister')}",
         absent=tuple(absent),
@@ -158,6 +161,13 @@ def absent_part(terms: RunTerms, client: str, public_key: str, reason: str) -> A
 def _epsilons(part: ClientPart, accounted: Sequence[Attested], terms: RunTerms) -> Epsilons:
     events = [one.event for one in accounted if one.event is not None]
     return epsilons_of(part, accounted, estimate_of(events, relation=terms.relation, delta=part.delta))
+
+
+def _counted_as_public(terms: RunTerms) -> tuple[str, ...]:
+    """Rows that shaped every release and have no ε, where there are any."""
+    if terms.recipe.get("subspace") != "public":
+        return ()
+    return ("the rows that the subspace was learned from (subspace-data): they count as public, whosesoever they are",)
 
 
 def missing_parts(terms: RunTerms, parts: Mapping[str, SignedPart]) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ TAG = "cloister.run"
 """MLflow's experiment, and the tag by which a run is found again."""
 
 NOT_TOLD = frozenset(
-    {"data", "eval_data", "output", "resume", "clients", "tensorboard", "mlflow"}
+    {"data", "eval_data", "subspace_data", "output", "resume", "clients", "tensorboard", "mlflow"}
     | {"accountant", "accountant_certificate", "accountant_key", "accountant_authority", "accountant_anchor"}
 )
 """Settings that name places on a machine, or do not describe the run."""

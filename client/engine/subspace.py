@@ -163,7 +163,8 @@ def refuse_private_rows(public: Sequence[Example], private: Sequence[Example]) -
     A row that is in both by chance costs nothing: the basis is the same whether or not the record is there.
 
     Raises:
-        InvalidInput: more than half of the rows that would be used are records of this organisation.
+        InvalidInput: more than half of the rows that would be used are among ``private``: one organisation's records,
+            or in a simulation those of all.
     """
     own = {np.asarray(example.input_ids, dtype=np.int64).tobytes() for example in private}
     used = public[:PUBLIC_ROWS]

@@ -141,6 +141,7 @@ def test_a_round_that_was_cut_off_in_the_middle_is_completed(store, terms, monke
 
 def test_no_place_on_a_machine_is_among_the_parameters(terms):
     values = {"data": "/secret/records.jsonl", "output": "/secret/run", "mlflow": "/secret/m.db", "tensorboard": True}
+    values |= {"subspace": "public", "subspace-data": "/secret/public.jsonl"}
     found = parameters(RunConfig.from_mapping(values), terms)
     assert "secret" not in str(found)
     assert found["target-epsilon"] == "8.0"

@@ -77,3 +77,11 @@ def test_the_command_says_what_it_made(run, tmp_path):
     done = CliRunner().invoke(app, ["adapter", "build", str(made), "--model", "demo", "--output", str(tmp_path / "a")])
     assert done.exit_code == 0, done.exception
     assert "1 rounds" in done.output
+
+
+def test_a_run_in_a_public_subspace_is_built_without_the_rows_behind_it(run, tmp_path):
+    """Its settings say ``public``, as every trainer's do, and the rows are the organisations'."""
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    (folder / "run.toml").write_text((folder / "run.toml").read_text("utf-8") + 'subspace = "public"\n', "utf-8")
+    build(folder, "demo", tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "README.md").exists()

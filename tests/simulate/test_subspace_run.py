@@ -6,6 +6,7 @@ from common.certificate import verify_certificate
 from common.config import RunConfig
 from common.errors import InvalidInput
 from deploy.simulate import quiet_warnings, simulate
+from deploy.workshop import refuse_same_file
 
 
 def run(values):
@@ -23,6 +24,8 @@ def test_a_run_in_a_subspace_pays_its_plan_and_names_it(tmp_path, options, mater
     assert named.startswith(f"{kind}:7")
     assert (len(named.split(":")) == 3) == (kind == "public"), "a public basis is named by its rows"
     assert result.terms.recipe["subspace"] == kind
+    uncovered = [item for item in verdict.certificate.not_protected if "subspace" in item]
+    assert len(uncovered) == (kind == "public"), "a reader hears that no ε covers the rows behind the basis"
     assert all(0.9 * 4.0 < epsilon <= 4.0 for epsilon in result.metrics[-1]["epsilon"].values())
 
 
@@ -34,6 +37,28 @@ def test_private_rows_are_refused_as_the_basis(tmp_path, options, material):
     copy.write_bytes((material.data / "east.jsonl").read_bytes())
     with pytest.raises(InvalidInput, match="also private records"):
         run(options(tmp_path / "run", subspace_data=str(copy), **own))
+
+
+def test_a_copy_of_all_silos_is_refused_though_no_silo_has_most_of_its_rows(tmp_path, options, material):
+    copy = tmp_path / "all.jsonl"
+    copy.write_bytes(b"".join(file.read_bytes() for file in sorted(material.data.glob("*.jsonl"))))
+    settings = {"subspace": "public", "subspace_dimension": 7, "subspace_data": str(copy)}
+    with pytest.raises(InvalidInput, match="also private records"):
+        run(options(tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_around_the_records_is_refused(tmp_path):
+    (tmp_path / "all" / "own").mkdir(parents=True)
+    (tmp_path / "all" / "own" / "records.jsonl").touch()
+    (tmp_path / "other.jsonl").touch()
+    private = str(tmp_path / "all" / "own" / "records.jsonl")
+    for public in (tmp_path / "all", tmp_path / "all" / "own"):
+        with pytest.raises(InvalidInput, match="records' own file"):
+            refuse_same_file(str(public), private)
+        with pytest.raises(InvalidInput, match="records' own file"):
+            refuse_same_file(private, str(public))
+    refuse_same_file(str(tmp_path / "other.jsonl"), private)
 
 
 @pytest.mark.parametrize(
