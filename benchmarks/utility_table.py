@@ -43,14 +43,18 @@ def full_table(lines: Sequence[Line], cells: Sequence[Cell]) -> str:
 
 def _rows(done: Sequence[tuple[Cell, list[Line]]]) -> str:
     rows = [
-        "| task | arm | ε asked | ε certified | unit, relation, sampler, accountant | seeds | score | loss | CPU-min |",
+        "| task | arm | ε asked | ε certified | unit, relation, sampler, accountant, δ "
+        "| seeds | score | loss | CPU-min |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell, runs in done:
         asked = "–" if cell.epsilon is None else f"{cell.epsilon:g}"
         spent = [run["spent"] for run in runs if run["spent"] is not None]
         terms = runs[-1]
-        means = "–" if not spent else ", ".join(terms[k] for k in ("unit", "relation", "sampler", "accountant"))
+        means = "–"
+        if spent:
+            delta = max(run["delta"] for run in runs)
+            means = ", ".join(terms[k] for k in ("unit", "relation", "sampler", "accountant")) + f", δ {delta:.2g}"
         minutes = statistics.fmean(run["cpu_seconds"] for run in runs) / 60
         cells = (cell.task, ARMS[cell.arm], asked, f"{max(spent):.2f}" if spent else "–", means, len(runs))
         rows.append(

@@ -28,6 +28,7 @@ def benchmark():
 def line(row, seed, score, **more):
     task, arm, _ = row.split("/")
     fixed = {"unit": "record", "relation": "zero_out", "sampler": "poisson", "accountant": "PLD", "spent": 2.99}
+    fixed["delta"] = 5.9e-6
     own = {"row": row, "task": task, "arm": arm, "seed": seed, "score": score, "loss": 1 - score, "cpu_seconds": 60}
     return fixed | own | more
 
@@ -61,7 +62,7 @@ def test_a_row_within_two_standard_errors_of_the_majority_class_is_chance(benchm
         lines = [line(cell.name, seed, score, evaluated=872, majority=0.51) for seed in (0, 1)]
         table = benchmark["utility_table"].full_table(lines, [cell])
         assert ("(chance)" in table) == marked
-        assert "| 3 | 2.99 | record, zero_out, poisson, PLD | 2 |" in table
+        assert "| 3 | 2.99 | record, zero_out, poisson, PLD, δ 5.9e-06 | 2 |" in table
 
 
 def test_methods_are_compared_in_pairs_of_one_seed(benchmark):
@@ -80,3 +81,12 @@ def test_the_newest_line_of_a_seed_counts(benchmark):
     lines = [line(cell.name, 0, 0.60), line(cell.name, 0, 0.75)]
     assert "| 0.750 |" in benchmark["utility_table"].full_table(lines, [cell])
     assert "| sst2 | 3 | – | – | 0.750 | – |" in benchmark["utility_table"].short_table(lines, [cell])
+
+
+def test_delta_stands_beside_every_epsilon(benchmark):
+    """It is a setting, and follows the declared size where nobody sets it: whoever compares two rows must see it."""
+    cell, peer = (benchmark["utility_grid"].Cell("sst2-short", arm, 3.0, (0,)) for arm in ("pld", "flower-local-dp"))
+    runs = [line(cell.name, 0, 0.7), line(peer.name, 0, 0.6, delta=1e-5)]
+    table = benchmark["utility_table"].full_table(runs, [cell, peer]).splitlines()
+    assert "δ 5.9e-06" in table[2]
+    assert "δ 1e-05" in table[3]
