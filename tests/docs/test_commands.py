@@ -28,7 +28,6 @@ NOT_RUN = {"install": 2, "containers": 4, "machines": 3, "database": 1, "data": 
 def prepare(page, sandbox, finished_run):
     """The files that the page's reader has before it begins."""
     sandbox.write("records.jsonl", records(60))
-    sandbox.write("clinic-a/records.jsonl", records(60))
     public = [json.loads(line) for line in records(10).splitlines()]
     sandbox.write(
         "public.jsonl",
@@ -46,6 +45,7 @@ def prepare(page, sandbox, finished_run):
         (block,) = blocks_of("before the page", KIT)
         sandbox.play(block)
     if page == "docs/operations.md":
+        sandbox.write("clinic-a/records.jsonl", records(60))
         shutil.copy(finished_run / "ledger.sqlite", sandbox.folder)
 
 
