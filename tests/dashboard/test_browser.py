@@ -96,7 +96,7 @@ def test_a_finished_round_is_on_the_page_within_two_seconds_without_a_reload(at,
     page.locator("#chart-score summary").click()
     page.locator("#chart-score summary").focus()
     ended = run.round(3, score=0.625)
-    page.wait_for_selector("tr[data-round='3'] th a:text-is('3')", timeout=60_000)
+    page.wait_for_selector("#chart-score [data-x='3']", state="attached", timeout=60_000)
     took = time.monotonic() - ended
     assert took < 2.0, f"{took:.2f} s"
     assert drawn(page, "score", "score")[3] == 0.625
@@ -235,6 +235,7 @@ def test_a_thousand_clients_and_a_hundred_rounds_paint_within_two_seconds_and_we
         browser.close()
 
 
+@pytest.mark.slow  # reads a hundred thousand lines a second time
 def test_a_large_ledger_is_read_while_the_page_can_be_looked_at(chromium, large, by_token):
     home, run_id = large
     watch = Watch(home)
