@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(1800)  # a busy machine is no failure
 PAGES = pages()
 WITH_COMMANDS = [name for name, blocks in PAGES.items() if any(block.is_shell for block in blocks)]
 WITH_MORE = [name for name in WITH_COMMANDS if any(b.is_slow or b.mark == "in the test" for b in PAGES[name])]
-NOT_RUN = {"install": 2, "containers": 4, "machines": 3, "database": 1, "data": 1}
+NOT_RUN = {"install": 2, "containers": 5, "machines": 3, "database": 1, "data": 1}
 """How many blocks of each kind are not run here. A new one belongs into this line, with a reason in its comment."""
 
 
