@@ -15,6 +15,7 @@ from common.errors import InvalidInput, Refused
 from common.mechanism import LEAST_CLIPPING, Mechanism
 from common.messages import Plan, RefusalReason, TrainRequest, adapter_hash
 from common.privacy import SampledGaussian
+from common.recipe import recipe_hash
 from common.signing import canonical, verify
 
 Finding = RefusalReason
@@ -119,3 +120,15 @@ def check_adapter(request: TrainRequest, shapes: Mapping[str, tuple[int, ...]]) 
     if any(array.dtype != np.float32 or not np.isfinite(array).all() for array in adapter.values()):
         return RefusalReason.ADAPTER
     return None if adapter_hash(adapter) == request.plan.adapter_hash else RefusalReason.ADAPTER
+
+
+def check_recipe(plan: Plan, recipe: Mapping[str, str]) -> Finding | None:
+    """The plan names the trainer's recipe and says nothing that it contradicts.
+
+    A plan that says ``ffa`` to a trainer of A and B would pass a policy that allows ``ffa`` alone; and in a subspace
+    there is no noise per module, which must be said before training has started and the reservation is spent.
+    """
+    if plan.recipe_hash != recipe_hash(recipe) or plan.aggregation != recipe.get("aggregation", plan.aggregation):
+        return RefusalReason.RECIPE
+    is_mixed = recipe.get("subspace", "none") != "none"
+    return RefusalReason.RECIPE if is_mixed and plan.mechanism.noise_allocation != "uniform" else None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from client.admission import Admission, DatasetSpent, Granted, Lost, Refused, Replay
-from client.checks import Finding, check_adapter, check_agreement, check_policy, coordinator_of
+from client.checks import Finding, check_adapter, check_agreement, check_policy, check_recipe, coordinator_of
 from client.journal import Journal, Replies, State, Use, as_sent, lock_exclusively
 from client.policy import DatasetPolicy, Policy
 from common import errors
@@ -83,7 +83,7 @@ class Guard:
 
     def admit(
         self, request: TrainRequest, *, shapes: Mapping[str, tuple[int, ...]], dataset: str | None = None,
-        recipe: str | None = None,
+        recipe: Mapping[str, str] | None = None,
     ) -> Admission:  # fmt: skip
         """Decide on a request from public facts alone.
 
@@ -92,7 +92,7 @@ class Guard:
             shapes: names and shapes of the adapter that the trainer holds.
             dataset: whose records the trainer holds; a plan for another one's budget is refused. A policy may name
                 several, and without this each of their budgets could be spent on the same records.
-            recipe: hash of the trainer's recipe; a plan for another one is refused.
+            recipe: the trainer's recipe; a plan for another one, or one that contradicts it, is refused.
 
         Raises:
             Unavailable: the ledger or its anchor cannot be written; nothing was promised.
@@ -111,8 +111,8 @@ class Guard:
             finding = self._find(request, coordinator, shapes)
             if dataset is not None and request.plan.dataset != dataset:
                 finding = RefusalReason.POLICY
-            if finding is None and recipe is not None and request.plan.recipe_hash != recipe:
-                finding = RefusalReason.RECIPE
+            if finding is None and recipe is not None:
+                finding = check_recipe(request.plan, recipe)
             if finding is not None:
                 return self._burn(request, coordinator, finding)
             self._charge(request.plan, coordinator)

@@ -44,7 +44,7 @@ from common.messages import (
     adapter_hash,
 )
 from common.privacy.sampling import PoissonSampler
-from common.recipe import Recipe, recipe_hash
+from common.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class Trainer:
 
     def _train(self, request: TrainRequest) -> Reply | Refusal | Status:
         shapes = {name: tuple(array.shape) for name, array in self._workbench.initial.items()}
-        recipe = recipe_hash(self._workbench.recipe)
+        recipe = self._workbench.recipe
         admission = self._guard.admit(request, shapes=shapes, dataset=self._dataset, recipe=recipe)
         if isinstance(admission, Replay):
             return admission.reply

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from client.trainer import Trainer
+from common.mechanism import Mechanism
 from common.messages import Refusal, RefusalReason, Status, StatusCode
 from common.recipe import recipe_hash
 
@@ -72,6 +73,21 @@ def test_a_plan_for_another_recipe_is_given_back_and_reads_no_record(parties, tr
     assert isinstance(answer, Refusal)
     assert answer.reason is RefusalReason.RECIPE
     assert answer.voiding
+    assert records.reads == 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"aggregation": "fedavg"}, {"mechanism": Mechanism(noise_allocation="min-energy")}], ids=str
+)
+def test_a_plan_that_contradicts_the_recipe_it_names_is_given_back_and_reads_no_record(
+    parties, trainer, records, changes
+):
+    """It would train other tensors than its word for the policy says, or fail after it had started."""
+    trainer._workbench.recipe = {"aggregation": "ffa", "subspace": "random"}
+    named = recipe_hash(trainer._workbench.recipe)
+    answer = trainer.train(parties.request(recipe_hash=named, **changes))
+    assert isinstance(answer, Refusal)
+    assert (answer.reason, answer.voiding) == (RefusalReason.RECIPE, True)
     assert records.reads == 0
 
 
