@@ -79,7 +79,7 @@ def page(record: RunRecord) -> str:
         certificate=certificate,
         rows=rows[:MOST_ROWS],
         more_rows=max(0, len(rows) - MOST_ROWS),
-        largest=max((row.guarantee for row in rows if row.guarantee is not None), default=None),
+        largest=max((row.guarantee for row in rows if row.guarantee is not None and row.is_attested), default=None),
         is_private=is_private,
         headline="" if certificate is None else statement.headline(certificate),
         paragraphs=_paragraphs(record) if is_private else (),

@@ -13,7 +13,7 @@ from common.ledger import Ledger
 from common.messages import Description, Refusal, RefusalReason
 from common.signing import SigningKey
 from server.accountant import Ask, EmbeddedAccountant, Outcome
-from server.certify import Circumstances, certify
+from server.certify import Circumstances, absent_part, certify
 from server.rounds import registration
 from server.terms import draw_up
 
@@ -33,8 +33,10 @@ class MadeUp:
     outcomes: dict = field(default_factory=dict)
 
 
-def make_run(folder: Path, *, rounds=4, names=NAMES, trouble=None, reasons=(), deployed=False, finished=True) -> MadeUp:
-    """A run whose ledger, metrics and certificate are real in every signature and every ε."""
+def make_run(
+    folder: Path, *, rounds=4, names=NAMES, trouble=None, reasons=(), deployed=False, finished=True, absent=()
+) -> MadeUp:
+    """A run whose ledger, metrics and certificate are real in every signature and every ε; ``absent`` did not sign."""
     trouble = TROUBLE if trouble is None else trouble
     run_id = "ab" * 8
     home, folder = folder, folder / "runs" / run_id if deployed else folder
@@ -63,10 +65,12 @@ def make_run(folder: Path, *, rounds=4, names=NAMES, trouble=None, reasons=(), d
             _round(accountant, made, keys, number, trouble)
             made.metrics.append(_line(accountant, run_id, names, number))
         if finished:
-            parts = [_part(terms, client, keys[client.name], accountant) for client in terms.clients]
+            signing = [client for client in terms.clients if client.name not in absent]
+            parts = [_part(terms, client, keys[client.name], accountant) for client in signing]
             data = certify(
                 terms=terms, accountant=accountant, coordinator=coordinator, parts=parts, final=ADAPTER,
                 rounds_run=rounds, circumstances=Circumstances(not deployed, tuple(reasons), ("42 rows are public",)),
+                absent=[absent_part(terms, name, keys[name].public_key, "unreachable") for name in absent],
             )  # fmt: skip
             (folder / "certificate.json").write_bytes(data)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in made.metrics))

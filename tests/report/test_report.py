@@ -270,3 +270,11 @@ def test_a_coordinators_secretary_writes_each_report_once_and_again_for_a_new_ce
     assert certificate.read_bytes() == data
     certificate.unlink()
     assert secretary.write_due() == []
+
+
+def test_who_signed_nothing_is_named_and_the_largest_epsilon_is_of_those_who_signed(make, shown):
+    text = seen(page(read_run(make(absent=("clinic-b",)).folder)))
+    assert "largest ε of any organisation that signed" in text
+    assert "Not attested. clinic-b signed nothing: it was not connected when the run ended" in text
+    assert re.search(r"clinic-b \(clinic-b-notes\) not attested", text)
+    assert "that signed" not in seen(shown)
