@@ -13,6 +13,7 @@ from common.pages.serving import HEADERS
 from server.dashboard.app import PAGES, Dashboard
 from server.dashboard.doors import SERIAL, SUBJECT, VERIFIED, ByCertificate, ByToken
 from server.dashboard.watch import Watch
+from server.deployed import write_metrics
 
 RUN_A, RUN_B = "a" * 16, "b" * 16
 RUNS = {"none": "c" * 16, "odd": "..%2f..%2fkeys", RUN_A: RUN_A, RUN_B: RUN_B}
@@ -154,6 +155,21 @@ def test_what_a_client_is_told_does_not_change_when_others_act(asks, watch, two_
     )
     assert len(list(run.coordinator.ledger.entries())) == ledger_lines + 1
     until(lambda: asks.get(f"/runs/{RUN_A}/events", headers=ROLES["auditor"]).text != before["auditor"])
+    assert asks.get(f"/runs/{RUN_A}/events", headers=ROLES["clinic-a"]).text == before["clinic-a"]
+
+
+def test_anothers_figures_are_in_no_word_of_a_clients_stream(asks, watch, two_runs):
+    """Not even inside a digest: whoever guesses another's ε could try the guess on it."""
+    run, _ = two_runs
+    for _ in range(2):
+        asks.get(f"/runs/{RUN_A}/events", headers=ROLES["clinic-a"])
+        until(lambda: watch.figures.is_idle)
+    before = {name: asks.get(f"/runs/{RUN_A}/events", headers=ROLES[name]).text for name in ("clinic-a", "auditor")}
+    run.metrics[-1]["epsilon"]["clinic-c"] += 0.25
+    run.metrics[-1]["seconds"] += 7.0
+    write_metrics(run.folder.path, run.metrics)
+    until(lambda: asks.get(f"/runs/{RUN_A}/events", headers=ROLES["auditor"]).text != before["auditor"])
+    until(lambda: watch.figures.is_idle)
     assert asks.get(f"/runs/{RUN_A}/events", headers=ROLES["clinic-a"]).text == before["clinic-a"]
 
 
