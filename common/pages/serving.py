@@ -217,6 +217,7 @@ def server(
     return uvicorn.Server(
         uvicorn.Config(
             app,
+            ws="none",  # no page speaks it, and what uvicorn would load for it is deprecated
             access_log=False,
             log_config=None,  # its words go where those of the command go, in the same form
             log_level="warning",
