@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -86,6 +88,7 @@ def dashboard(
             typer.echo(f"token: {file.read_text('ascii').strip()}")
     say(f"reading {found} …")
     watch.start()
+    signal.signal(signal.SIGTERM, _end)
     say(f"dashboard of {found} on {where} (Ctrl-C ends it)")
     try:
         server(Dashboard(watch, door).app, tls=tls).run(sockets=[listener])
@@ -93,6 +96,11 @@ def dashboard(
         watch.stop()
         if proxy_socket is not None:
             proxy_socket.unlink(missing_ok=True)
+
+
+def _end(_number: int, _frame: FrameType | None) -> NoReturn:
+    """SIGTERM, which the server hands on when it has ended: leave in order, so that the socket goes too."""
+    raise SystemExit(0)
 
 
 def _folder(given: Path | None) -> Path:

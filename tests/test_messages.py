@@ -100,7 +100,7 @@ def test_no_field_that_leaves_is_free_text_or_a_number_about_records():
         SignedHistory: {"history": ClientHistory, "signature": str},
         ClientHistory: {
             "client": str, "coordinator": str, "charged": tuple[ChargedRun, ...], "begun": tuple[Begun, ...],
-            "head": str,
+            "head": str, "challenge": str,  # that of the question, as it came
         },
         ChargedRun: {
             "run_id": str, "dataset": str, "group": str | None, "relation": str, "delta": float,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import charge as room
+from common import privacy
 from common.charge import Charge, charge, merged, related
 from common.privacy import PLDAccountant, RDPAccountant, SampledGaussian, TooLarge
 
@@ -53,7 +53,7 @@ def test_without_a_pld_bound_the_renyi_bound_stands_in(monkeypatch):
         def epsilon(self, delta):
             raise TooLarge("beyond the limits")
 
-    monkeypatch.setattr(room, "PLDAccountant", Silent)
+    monkeypatch.setattr(privacy, "PLDAccountant", Silent)
     event = SampledGaussian(1.23456, 0.01, 100)
     found = charge([event], relation="add_remove", delta=1e-5)
     expected = RDPAccountant().compose(event).epsilon(delta=1e-5)
@@ -69,8 +69,8 @@ def test_without_any_bound_nothing_fits(monkeypatch):
         def compose_all(self, _events):
             raise TooLarge("beyond the limits")
 
-    monkeypatch.setattr(room, "PLDAccountant", Silent)
-    monkeypatch.setattr(room, "RDPAccountant", Silent)
+    monkeypatch.setattr(privacy, "PLDAccountant", Silent)
+    monkeypatch.setattr(privacy, "RDPAccountant", Silent)
     found = charge([SampledGaussian(1.3456, 0.01, 100)], relation="add_remove", delta=1e-5)
     assert found == Charge(math.inf, math.inf)
 

@@ -16,6 +16,7 @@ import pytest
 from client.progress import ask_status
 from common.certificate import verify_certificate
 from common.charge import charge
+from common.errors import Refused
 from deploy.provision import Federation, init
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -135,5 +136,6 @@ def test_a_trainer_set_otherwise_is_refused_by_the_settings_name_before_anything
     assert (ended["state"], ended["exit_code"]) == ("failed", 2)
     assert "lora-alpha is 16.0 in its trainer.toml and 32.0 in this run" in ended["error"]
     for name in federation.names:
-        assert began(federation, name, run) == ()
-        assert accounted(federation, name, run) == ()
+        assert not began(federation, name, run)
+        with pytest.raises(Refused, match="is not registered"):  # the run never reached the ledger
+            accounted(federation, name, run)

@@ -1,6 +1,5 @@
 """A warm ``cloister``, one tiny run that the pages share, and a sandbox per page."""
 
-import json
 import os
 import select
 import shutil
@@ -14,20 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from blocks import ROOT, Block
-from sandbox import Sandbox
+from sandbox import Sandbox, records
 from warm import install
-
-from deploy.demo.records import generate
-
-
-def records(count: int) -> str:
-    """JSONL of two hospitals with ``count`` records each."""
-    rows = [
-        {"hospital": name, "question": record["prompt"], "answer": record["completion"]}
-        for number, name in enumerate(("north", "south"))
-        for record in generate("north-clinic", count, seed=number)
-    ]
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 @pytest.fixture(scope="session")

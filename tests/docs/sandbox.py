@@ -1,5 +1,6 @@
 """A folder in which the commands of one page are run, in order, as a reader would."""
 
+import json
 import os
 import re
 import signal
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 from blocks import ROOT, Block
+
+from deploy.demo.records import generate
 
 LIMIT_S = 1500
 """A busy machine is no failure."""
@@ -89,3 +92,13 @@ class Sandbox:
             except subprocess.TimeoutExpired:
                 service.kill()
                 service.wait()
+
+
+def records(count: int) -> str:
+    """JSONL of two hospitals with ``count`` records each."""
+    rows = [
+        {"hospital": name, "question": record["prompt"], "answer": record["completion"]}
+        for number, name in enumerate(("north", "south"))
+        for record in generate("north-clinic", count, seed=number)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from blocks import KINDS, ROOT, blocks_of, pages
-from conftest import records
+from sandbox import records
 
 pytestmark = pytest.mark.timeout(1800)  # a busy machine is no failure
 
