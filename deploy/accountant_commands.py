@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +11,7 @@ from common.anchor import FileAnchor
 from common.errors import InvalidInput
 from common.ledger import Ledger
 from common.signing import SigningKey, fingerprint
+from deploy.ending import Ending
 from deploy.ledger_commands import read_anchor
 from deploy.logs import LogFormat, announcer, begin
 from server.accountant import EmbeddedAccountant
@@ -64,13 +63,11 @@ def _serve(
         kept = None if anchor_file is None else FileAnchor(anchor_file)
         accountant = EmbeddedAccountant(book, SigningKey.load_or_create(key), anchor=kept)
         server, listening = serve(accountant, address, tls=tls, revoked=revocations)
-        stopped = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopped.set())
+        ending = Ending()
         say(f"accountant {fingerprint(accountant.public_key)} listens on {listening}")
         say(f"public key {accountant.public_key}")
-        stopped.wait()
-        server.stop(GRACE_S).wait()
+        ending.wait()
+        server.stop(GRACE_S).wait(2 * GRACE_S)
 
 
 def tls_files(certificate: Path | None, key: Path | None, authority: Path | None, *, insecure: bool) -> Tls | None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import Unavailable
+from deploy.ending import Ending
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -89,16 +90,15 @@ class Supervisor:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._started: dict[str, float] = {}
         self._pause: dict[str, float] = {}
-        self._stopped = threading.Event()
+        self._ending: Ending | None = None
 
     def run(self) -> None:
         """Start everything and return after SIGTERM or SIGINT, when everything has ended."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stopped.set())
+        ending = self._ending = Ending()
         try:
             for service in self._services:
                 self._start(service)
-            while not self._stopped.wait(0.2):
+            while not ending.wait(0.2):
                 for service in self._services:
                     self._revive(service)
         finally:
@@ -127,7 +127,7 @@ class Supervisor:
         pause = FIRST_PAUSE_S if lived > STEADY_S else self._pause.get(service.name, FIRST_PAUSE_S)
         self._pause[service.name] = min(2 * pause, LONGEST_PAUSE_S)
         self._say(f"{service.name} ended ({_ending(code)}) and is started again in {pause:g} s")
-        if not self._stopped.wait(pause):
+        if self._ending is None or not self._ending.wait(pause):
             self._start(service)
 
     def _stop(self) -> None:

@@ -7,8 +7,6 @@ refused), the model with its self-test on made-up tokens, and only then the data
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from client.trainer import Trainer
 from client.trainer_service import serve
 from common.errors import InvalidInput, Refused
 from common.signing import SigningKey
+from deploy.ending import Ending
 from deploy.inputs import tokenise
 from deploy.workshop import Workshop, backbone_folder, open_workshop, set_threads
 
@@ -114,16 +113,14 @@ def run_trainer(policy_path: Path, settings: TrainerSettings, say: Callable[[str
         CloisterError: see ``open_trainer``; Unavailable when a socket cannot be made.
     """
     progress = Progress()
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+    ending = Ending()
     ready = open_trainer(policy_path, settings, progress)
     with ready.guard:
         status = serve_status(Path(settings.status), lambda: status_of(ready.guard, ready.dataset, progress))
         server = serve(WatchedTrainer(ready.trainer, progress), settings.address)
         say(f"trainer of {ready.trainer.name} listens on {settings.address}")
         say(f"public key {ready.guard.public_key}")
-        stopped.wait()
+        ending.wait()
         _close(server, status, settings)
         is_training = progress.is_training
     if is_training:  # its thread would hold this process; the ledger says started, so the next start says lost

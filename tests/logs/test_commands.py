@@ -102,7 +102,7 @@ def test_what_children_print_is_heard_line_by_line(tmp_path):
     code = "import sys; print('one'); print('INFO : two', file=sys.stderr); print('three'); sys.stdout.flush(); "
     child = Service("child", [sys.executable, "-uc", code + "import time; time.sleep(60)"])
     supervisor = Supervisor([child], hear=hear)
-    threading.Thread(target=lambda: (enough.wait(60), supervisor._stopped.set()), daemon=True).start()
+    threading.Thread(target=lambda: (enough.wait(60), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     supervisor.run()
     assert heard == [("child", "one\n"), ("child", "INFO : two\n"), ("child", "three\n")]
 
