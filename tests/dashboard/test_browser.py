@@ -208,6 +208,7 @@ def large(tmp_path_factory):
     return home, large_run(home)
 
 
+@pytest.mark.slow  # a promise about time: two cores of its own, not beside other tests (make test-slow)
 def test_a_thousand_clients_and_a_hundred_rounds_paint_within_two_seconds_and_weigh_little(chromium, large, by_token):
     home, run_id = large
     watch = Watch(home)
