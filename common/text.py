@@ -59,10 +59,7 @@ def token(what: str, text: object) -> str:
     Raises:
         InvalidInput: it is none; ``what`` says which.
     """
-    if not isinstance(text, str) or len(text) > MOST_NAME:
-        raise InvalidInput(f"the {what} must be a text of at most {MOST_NAME} characters")
-    _refuse_unseen(what, text)
-    return text
+    return _visible(what, text, MOST_NAME)
 
 
 def line(what: str, text: object) -> str:
@@ -71,10 +68,7 @@ def line(what: str, text: object) -> str:
     Raises:
         InvalidInput: it is none; ``what`` says which.
     """
-    if not isinstance(text, str) or len(text) > MOST_LINE:
-        raise InvalidInput(f"the {what} must be a text of at most {MOST_LINE} characters")
-    _refuse_unseen(what, text)
-    return text
+    return _visible(what, text, MOST_LINE)
 
 
 def every_line(what: str, value: Any) -> None:
@@ -106,6 +100,13 @@ def shown(text: object, most: int = MOST_SHOWN, *, keep: str = "") -> str:
     cut = whole[:most]
     safe = cut if is_visible(cut) else "".join(one if one in keep else _escaped(one) for one in cut)
     return safe if len(whole) <= most else f"{safe} … ({len(whole)} characters)"
+
+
+def _visible(what: str, text: object, most: int) -> str:
+    if not isinstance(text, str) or len(text) > most:
+        raise InvalidInput(f"the {what} must be a text of at most {most} characters")
+    _refuse_unseen(what, text)
+    return text
 
 
 def _refuse_unseen(what: str, text: str) -> None:

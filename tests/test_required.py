@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+# A small suite of its own, which play() runs: its skips are what is under test.
 MADE = """
 import pytest
 

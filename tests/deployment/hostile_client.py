@@ -47,7 +47,7 @@ def files():
     for process in filter(str.isdigit, os.listdir("/proc")):
         paths += [f"/proc/{process}/{name}" for name in ("cmdline", "environ")]
         for hidden in ("data/records.jsonl", "state/ledger.sqlite", "etc/cloister/client.key", "state/status.sock"):
-            paths.append(f"/proc/{process}/root/{hidden}")
+            paths.append(os.path.join("/proc", process, "root", hidden))  # another process's file tree
         try:
             paths += [f"/proc/{process}/fd/{number}" for number in os.listdir(f"/proc/{process}/fd")]
         except OSError:

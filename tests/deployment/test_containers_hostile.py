@@ -149,7 +149,7 @@ def test_a_hostile_bundle_runs_beside_the_relay_and_brings_nothing_home(deployme
         assert report["written"] == report["risen"] == []
         mounted = {path for path in report["files"] if path.startswith(("/etc/cloister", "/data", "/state", "/run"))}
         assert mounted == {f"/etc/cloister/kit/{name}" for name in ("ca.crt", "kit.json", "supernode.key")}
-        assert not any("/root/" in path for path in report["files"] if path.startswith("/proc"))
+        assert not any("root" in path.split("/") for path in report["files"] if path.startswith("/proc"))
         assert "/run/cloister/trainer.sock" in report["sockets"]
         assert not any("status" in name for name in report["sockets"])
         found = brought(report)

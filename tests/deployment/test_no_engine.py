@@ -62,12 +62,12 @@ def test_without_apt_and_without_a_client_the_script_says_so_in_one_line(tmp_pat
 
 @pytest.mark.slow  # Compose is unpacked from Debian packages first
 @pytest.mark.containers
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root gets as far as the daemon")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may start a daemon; engine.sh says so to everybody else")
 def test_the_target_says_so_in_one_line_and_compose_still_reads_every_file(tmp_path):
     ready = Path(os.environ.get("CLOISTER_ENGINE", "/var/tmp/cloister-engine"))
     made = subprocess.run([HERE / "engine.sh", "compose", ready], capture_output=True, text=True, timeout=250)
     if made.returncode == 3:
-        pytest.skip(made.stderr.strip())
+        pytest.skip(made.stderr.strip())  # no package index: Compose itself cannot be had, the reason is its line
     assert made.returncode == 0, made.stderr
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "config").symlink_to(ready / "config")

@@ -51,7 +51,7 @@ def mounted(folder, *command):
 def may_mount(tmp_path_factory):
     probe = tmp_path_factory.mktemp("probe")
     if shutil.which("unshare") is None or subprocess.run(mounted(probe, "true"), capture_output=True).returncode:
-        pytest.skip("this user may not mount a folder for reading alone")
+        pytest.skip("this user may not mount a folder for reading alone")  # needs root or user namespaces
     assert subprocess.run(mounted(probe, "touch", probe / "x"), capture_output=True).returncode
 
 
