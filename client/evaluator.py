@@ -7,6 +7,7 @@ in the same process. The score is accuracy for classification and next-token acc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,7 +74,8 @@ class Evaluator:
             group = self._examples[start : start + self._batch_size]
             batch = collate(group, pad_token_id=self._pad_token_id, device=device)
             labels = batch.labels
-            logits = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+            with _one_precision(self._model, device):
+                logits = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
             if labels.dim() == 2:
                 kept = labels[:, 1:] != -100
                 logits, labels = logits[:, :-1][kept], labels[:, 1:][kept]
@@ -82,3 +84,9 @@ class Evaluator:
             count += labels.numel()
         self._model.train(was_training)
         return Evaluation(right / count, loss / count, count)
+
+
+def _one_precision(model: Any, device: torch.device) -> AbstractContextManager[object]:
+    """As in training, bf16 weights compute under autocast: what is trained beside them stays in float32."""
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=len(kinds) > 1 and torch.bfloat16 in kinds)

@@ -6,20 +6,31 @@ Guarantee: whatever is changed on the model inside these contexts is put back wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from client.engine.batches import Batch
 from client.engine.layout import Arena, Layout
 from client.engine.losses import Loss
 
 
-def precision(layout: Layout, autocast: torch.dtype | None) -> AbstractContextManager[object]:
-    """Autocast to ``autocast`` on the model's device; None computes in the weights' own dtype."""
-    return nullcontext() if autocast is None else torch.autocast(layout.device.type, dtype=autocast)
+@contextmanager
+def precision(layout: Layout, autocast: torch.dtype | None) -> Iterator[None]:
+    """Autocast to ``autocast`` on the model's device; None computes in the weights' own dtype.
+
+    On a CPU, attention is then torch's plain one: the backward pass of its fused one takes ten times as long in bf16 as
+    in float32, more than half of a step (torch 2.13; benchmarks/LOG.md).
+    """
+    with ExitStack() as stack:
+        if autocast is not None:
+            stack.enter_context(torch.autocast(layout.device.type, dtype=autocast))
+            if layout.device.type == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 @contextmanager

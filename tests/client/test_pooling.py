@@ -1,5 +1,6 @@
 """The replaced block reads the layer-normalised mean of the token states below, with stock classes only."""
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -8,6 +9,8 @@ from torch.nn import functional
 from client.adapter import attach, save, set_arrays, trained_arrays
 from client.backbone import load_model, load_tokenizer
 from client.engine import clipped_gradient_sum
+from client.engine.batches import Example
+from client.evaluator import Evaluator
 from client.pooling import LEARNED_QUERY, OUTWEIGHS, POOLER_SCALE, average_tokens, replaced_modules
 from common.errors import InvalidInput
 
@@ -125,6 +128,22 @@ def test_it_survives_saving_and_stock_peft(pooling, tiny_bert, bert_tokenizer, t
         again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean", "attention"])
+def test_a_backbone_in_bf16_is_scored_near_its_float32_twin(pooling, tiny_bert):
+    """The head, and the learned query, are float32 beside weights in bf16."""
+    generator = np.random.default_rng(0)
+    examples = [Example(generator.integers(5, 90, n), n % 2) for n in range(3, 40)]
+    found = {}
+    for precision in ("float32", "bf16"):
+        base = load_model(tiny_bert, task="classification", classes=("x", "y"), precision=precision)
+        model = attach(base, **ATTACH | {"pooling": pooling})
+        noise = np.random.default_rng(1)
+        values = {n: 0.3 * noise.standard_normal(a.shape, "f4") for n, a in trained_arrays(model).items()}
+        found[precision] = Evaluator(model, examples, pad_token_id=0)(values)
+    assert found["bf16"].loss == pytest.approx(found["float32"].loss, rel=0.05)
+    assert found["bf16"].loss != found["float32"].loss
 
 
 def test_the_constants_are_not_trained(tiny_bert):
