@@ -131,7 +131,7 @@ def run(cell: Cell, seed: int, states: FrozenStates, extra: tuple[str, ...] = ()
 
 def run_peer(cell: Cell, seed: int, states: FrozenStates) -> Line:
     """One run of another library on the same data, adapter and backbone."""
-    options = Cell(cell.task, "pld", cell.epsilon, cell.seeds).options(seed)
+    options = [*Cell(cell.task, "pld", cell.epsilon, cell.seeds).options(seed), "--precision", "float32"]
     config = config_of(options)
     with quiet_warnings():
         if cell.arm == "opacus-central":
@@ -176,8 +176,9 @@ def _adopted() -> Iterator[Line]:
 
 
 def _compared(options: list[str]) -> frozenset[str]:
-    """Options without order, folders, the backbone's name, and what changes speed alone."""
-    return frozenset(one.rsplit("/", 1)[-1] for one in options) - {"--cache-frozen-layers", "all-MiniLM-L6-v2"}
+    """Options without order, folders, the backbone's name, and what changes speed and rounding alone."""
+    left_out = {"--cache-frozen-layers", "--precision", "bf16", "all-MiniLM-L6-v2"}
+    return frozenset(one.rsplit("/", 1)[-1] for one in options) - left_out
 
 
 def missing(only: list[str], *, again: bool = False) -> Iterator[tuple[Cell, int]]:

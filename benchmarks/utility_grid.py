@@ -3,7 +3,8 @@
 Every cell is a task, an arm and an ε. Options come from ``settings.json``: those of ``utility`` were found on SST-2
 (benchmarks/LOG.md has the search) and are frozen for the other classification tasks; MedQuAD and the demo keep the
 settings that ``federation.py`` uses. An arm adds its own options and nothing else. ``sst2-short`` is SST-2 with half
-the rounds, for methods and peers. Rows without privacy have the preset's options too where the task classifies.
+the rounds, for methods and peers. Classification runs in bf16, which on a CPU with AMX takes half the time (``rgp``,
+which refuses it, the peers and rows adopted from ``federation.py`` in float32). Rows without privacy have the preset's options too where the task classifies.
 """
 
 from __future__ import annotations
@@ -127,14 +128,14 @@ def task_options(task: str) -> list[str]:
 
 
 def behind_carriers(options: list[str]) -> list[str]:
-    """A task's options for ``rgp``: the scale of a carrier is 1, and its learning rate that of a weight."""
+    """A task's options for ``rgp``: the scale of a carrier is 1, and its learning rate that of a weight, in float32."""
     pairs = dict(zip(options, [*options[1:], ""], strict=True))
     rate = float(pairs["--server-learning-rate"]) * CARRIER_RATE if "--server-learning-rate" in pairs else None
     kept, skip = [], False
     for one in options:
         if skip:
             skip = False
-        elif one in ("--lora-alpha", "--server-learning-rate"):
+        elif one in ("--lora-alpha", "--server-learning-rate", "--precision"):
             skip = True
         else:
             kept.append(one)
