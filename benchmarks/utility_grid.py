@@ -4,7 +4,8 @@ Every cell is a task, an arm and an ε. Options come from ``settings.json``: tho
 (benchmarks/LOG.md has the search) and are frozen for the other classification tasks; MedQuAD and the demo keep the
 settings that ``federation.py`` uses. An arm adds its own options and nothing else. ``sst2-short`` is SST-2 with half
 the rounds, for methods and peers. Classification runs in bf16, which on a CPU with AMX takes half the time (``rgp``,
-which refuses it, the peers and rows adopted from ``federation.py`` in float32). Rows without privacy have the preset's options too where the task classifies.
+which refuses it, the peers and rows adopted from ``federation.py`` in float32). Rows without privacy have the preset's
+options too where the task classifies.
 """
 
 from __future__ import annotations
