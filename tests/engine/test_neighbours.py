@@ -34,6 +34,26 @@ def test_a_row_is_unmoved_by_adversarial_neighbours(build, make_examples, error,
         assert error(rows_of(engine, [victim, *neighbours])[0], alone) < rounding
 
 
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_record_moves_the_sum_by_its_own_row_whatever_the_precision(build, make_examples, family, precision):
+    """Its length decides how its neighbours are padded and cut; what that rounds must not count beside C."""
+    model = build(family, "all", dtype=torch.float32)
+    for parameter in model.parameters():
+        if precision == "bf16" and not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    task = task_of(family)
+    engine = make_engine(model, task=task, pad_token_id=0, max_length=40, micro_batch_size=2, precision=precision)
+    rest = make_examples(task, tuple(range(3, 20)) * 3)
+    clipping_norm = float(rows_of(engine, rest[:9]).norm(dim=1).median())
+    without = engine.clipped_sum(rest, clipping_norm).double()
+    for record in make_examples(task, (3, 11, 40), seed=5):
+        moved = engine.clipped_sum([*rest, record], clipping_norm).double() - without
+        own = engine.clipped_sum([record], clipping_norm).double()
+        others = float((moved - own).norm()) / clipping_norm
+        assert others < (1e-4 if precision == "bf16" else 1e-5), others
+
+
 def poison(model, token):
     """Make every record that holds ``token`` non-finite."""
     with torch.no_grad():
