@@ -23,7 +23,7 @@ from flwr.proto.control_pb2 import StartRunRequest, StreamLogsRequest
 from flwr.supercore.fab import Fab
 
 from common.ledger import Ledger
-from deploy.flower_control import FlowerControl
+from deploy.running.flower_control import FlowerControl
 from deploy.workshop import DEMO_BACKBONE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "deployment"))

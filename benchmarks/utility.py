@@ -43,7 +43,7 @@ from client.engine import FrozenStates
 from common.config import RunConfig
 from common.privacy import RDPAccountant, calibrate_noise_multiplier
 from deploy.inputs import classes_of, declared_records, gather, tokenise_silos
-from deploy.simulate import quiet_warnings, simulate, with_demo_preset
+from deploy.simulation.simulate import quiet_warnings, simulate, with_demo_preset
 from deploy.workshop import DEFAULT_LENGTH, backbone_folder
 
 RESULTS = ROOT / "benchmarks" / "results" / "utility.jsonl"

@@ -22,20 +22,20 @@ from rich.markup import escape
 from common.config import RunConfig
 from common.errors import CloisterError, Interrupted
 from common.text import MOST_LINE, shown
-from deploy.accountant_commands import accountant_app
-from deploy.adapter_commands import adapter_app
-from deploy.backbone_commands import backbone_app
-from deploy.client_dashboard import dashboard as client_dashboard
-from deploy.coordinator_commands import coordinator_app
-from deploy.dashboard_commands import register as register_dashboard
-from deploy.ledger_commands import certificate_app, ledger_app
-from deploy.logs import LogFormat, begin, report, report_fault
-from deploy.options import with_run_options
-from deploy.plan_commands import calibrate, plan
-from deploy.policy_commands import policy_app, register_budget
-from deploy.provision_commands import provision_app
-from deploy.report_command import report as write_report_again
-from deploy.trainer_commands import register as register_trainer
+from deploy.commands.accountant import accountant_app
+from deploy.commands.adapter import adapter_app
+from deploy.commands.backbone import backbone_app
+from deploy.commands.client_dashboard import dashboard as client_dashboard
+from deploy.commands.coordinator import coordinator_app
+from deploy.commands.dashboard import register as register_dashboard
+from deploy.commands.ledger import certificate_app, ledger_app
+from deploy.commands.logs import LogFormat, begin, report, report_fault
+from deploy.commands.options import with_run_options
+from deploy.commands.plan import calibrate, plan
+from deploy.commands.policy import policy_app, register_budget
+from deploy.commands.provision import provision_app
+from deploy.commands.report import report as write_report_again
+from deploy.commands.trainer import register as register_trainer
 
 app = typer.Typer(
     name="cloister",
@@ -66,10 +66,10 @@ def _simulate(config: RunConfig, as_json: Json = False, log_format: LogFormat = 
     begin(log_format, holds_records=True, level=logging.INFO if log_format == "json" else logging.WARNING)
     if log_format == "text" and not as_json:
         typer.echo("loading the libraries …")  # torch alone takes seconds, and a silent terminal looks broken
-    from deploy.simulate import Watcher, quiet_warnings, simulate
+    from deploy.simulation.simulate import Watcher, quiet_warnings, simulate
 
     if log_format == "json":
-        from deploy.log_watcher import LogWatcher
+        from deploy.simulation.log_watcher import LogWatcher
 
         watcher = LogWatcher()
         with quiet_warnings():
@@ -83,7 +83,7 @@ def _simulate(config: RunConfig, as_json: Json = False, log_format: LogFormat = 
             result = simulate(config, Watcher())
         _print_json(_summary(result))
         return
-    from deploy.terminal import Terminal, closing
+    from deploy.simulation.terminal import Terminal, closing
 
     console = Console(stderr=False)
     with quiet_warnings(), Terminal(console) as terminal:
@@ -126,8 +126,8 @@ def evaluate(
 ) -> None:
     """Score a saved adapter on a public set, through stock ``peft``."""
     from client.data import ColumnNames
-    from deploy.simulate import quiet_warnings
-    from deploy.use import evaluate_adapter
+    from deploy.reporting.use import evaluate_adapter
+    from deploy.simulation.simulate import quiet_warnings
 
     columns = ColumnNames(prompt_column, completion_column, label_column)
     with quiet_warnings():
@@ -147,8 +147,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer a prompt with a saved adapter (greedy)."""
-    from deploy.simulate import quiet_warnings
-    from deploy.use import generate_with_adapter
+    from deploy.reporting.use import generate_with_adapter
+    from deploy.simulation.simulate import quiet_warnings
 
     with quiet_warnings():
         answer = generate_with_adapter(adapter, prompt, model, max_new_tokens)

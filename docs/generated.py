@@ -27,7 +27,7 @@ from client.settings import FROM_RUN, TrainerSettings
 from common.config import ClientSettings, RunConfig, dashed
 from common.errors import CloisterError
 from deploy.cli import app
-from deploy.options import GROUPS
+from deploy.commands.options import GROUPS
 
 
 def settings() -> str:

@@ -17,6 +17,16 @@ ALLOWED = {
 }
 BY_ITSELF = {"numpy", "scipy", *sys.stdlib_module_names}
 HEAVY = {"torch", "transformers", "peft", "opacus", "accelerate", "safetensors", "datasets"}
+IN_DEPLOY = {
+    "demo": set(),
+    "planning": {"demo"},
+    "provisioning": {"migrations"},
+    "reporting": {"demo"},
+    "running": {"demo", "reporting"},
+    "simulation": {"demo", "reporting"},
+    "commands": {"demo", "migrations", "planning", "provisioning", "reporting", "running", "simulation"},
+}
+"""The rooms of deploy, and which of its other rooms each may see; all see the files beside them (inputs, workshop)."""
 UNFIT_NAMES = {"utils", "util", "helpers", "helper", "manager", "base", "misc"}
 
 
@@ -56,6 +66,16 @@ def test_a_file_imports_only_rooms_its_own_may_see(file):
     ours = tops(file) & {*ROOMS, "tests", "benchmarks"}
     assert ours <= ALLOWED[room], f"{room} must not import {sorted(ours - ALLOWED[room])}"
     assert file.stem not in UNFIT_NAMES
+
+
+@pytest.mark.parametrize("room", IN_DEPLOY)
+def test_a_room_of_deploy_imports_only_rooms_below_it(room):
+    for file in sources(f"deploy/{room}"):
+        seen = {name.split(".")[1] for name in imported(file) if name.startswith("deploy.")}
+        ours = {name for name in seen if (ROOT / "deploy" / name).is_dir()} - {room}
+        assert ours <= IN_DEPLOY[room], f"{file}: {sorted(ours - IN_DEPLOY[room])}"
+    rooms = {path.parent.name for path in (ROOT / "deploy").glob("*/__init__.py")}
+    assert rooms == {*IN_DEPLOY, "migrations"}
 
 
 @pytest.mark.parametrize("file", sources("common/privacy"), ids=lambda file: file.name)

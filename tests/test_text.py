@@ -30,10 +30,10 @@ from common.parts import Attested
 from common.privacy import SampledGaussian
 from common.signing import SigningKey, canonical
 from deploy.cli import app
-from deploy.coordinator_commands import make_home
-from deploy.logs import coloured
-from deploy.statements import _inert
-from deploy.terminal import Terminal
+from deploy.commands.coordinator import make_home
+from deploy.commands.logs import coloured
+from deploy.reporting.statements import _inert
+from deploy.simulation.terminal import Terminal
 from server.deployed import RunFolder
 
 KEY = SigningKey.generate()

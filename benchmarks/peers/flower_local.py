@@ -24,7 +24,7 @@ from client.adapter import set_arrays, trained_arrays
 from client.engine import FrozenStates
 from common.config import RunConfig
 from common.privacy import PLDAccountant, SampledGaussian
-from deploy.inprocess_grid import InProcessGrid
+from deploy.simulation.inprocess_grid import InProcessGrid
 
 DELTA = 1e-5
 ROUNDS, LOCAL_STEPS, RATE = 10, 6, 2e-3

@@ -12,7 +12,7 @@ from client.engine.batches import Batch, micro_batches
 from client.evaluator import Evaluator
 from common.config import RunConfig
 from deploy.inputs import classes_of, gather, tokenise, tokenise_silos
-from deploy.simulate import set_environment
+from deploy.simulation.simulate import set_environment
 from deploy.workshop import Workshop, open_workshop, set_threads
 
 

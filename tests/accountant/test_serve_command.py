@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from common.errors import InvalidInput, LedgerCorrupt
 from common.privacy import SampledGaussian
-from deploy.accountant_commands import accountant_app, tls_files
+from deploy.commands.accountant import accountant_app, tls_files
 from server.accountant import Ask, Outcome
 from server.remote_accountant import RemoteAccountant
 
 ROOT = Path(__file__).parents[2]
 EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=100)
-PROGRAM = "import sys; from deploy.accountant_commands import accountant_app; accountant_app(sys.argv[1:])"
+PROGRAM = "import sys; from deploy.commands.accountant import accountant_app; accountant_app(sys.argv[1:])"
 
 
 def start(folder):

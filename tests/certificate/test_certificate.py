@@ -114,7 +114,7 @@ def test_a_certificate_verifies_offline_and_every_epsilon_is_recomputed(data, tm
 
 
 def test_a_certificate_anchors_its_accountants_ledger(data, tmp_path):
-    from deploy.ledger_commands import read_anchor
+    from deploy.commands.ledger import read_anchor
 
     path = tmp_path / "certificate.json"
     path.write_bytes(data)

@@ -25,7 +25,7 @@ from common.messages import Envelope
 from common.privacy import SampledGaussian
 from common.signing import SigningKey, canonical
 from common.statement import not_protected
-from deploy.ledger_commands import verdict_json
+from deploy.commands.ledger import verdict_json
 
 EVENT = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=100)
 LESS, MORE = SampledGaussian(0.7, 0.01, 100), SampledGaussian(2.0, 0.01, 100)

@@ -14,8 +14,8 @@ import pytest
 from made_runs import until
 
 from common.pages.serving import listen_unix, server
-from deploy.certificates import Authority, Pair
-from deploy.provision import Federation, init
+from deploy.provisioning.certificates import Authority, Pair
+from deploy.provisioning.provision import Federation, init
 from server.dashboard.app import PAGES, Dashboard
 from server.dashboard.doors import SERIAL, SUBJECT, VERIFIED, ByCertificate
 from server.dashboard.watch import Watch

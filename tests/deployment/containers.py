@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from client.backbone import backbone_hash
 from deploy.cli import app
 from deploy.demo.records import generate
-from deploy.provision import Federation, init
+from deploy.provisioning.provision import Federation, init
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("CLOISTER_DATA", ROOT.parent / "shared" / "data")) / "medquad_by_institution.jsonl.gz"

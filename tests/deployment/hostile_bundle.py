@@ -14,7 +14,7 @@ from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import StartRunRequest, StreamLogsRequest
 from flwr.supercore.fab import Fab
 
-from deploy.flower_control import FlowerControl
+from deploy.running.flower_control import FlowerControl
 
 BROUGHT = Path("/tmp/brought-home")
 PYPROJECT = """

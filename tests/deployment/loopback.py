@@ -11,8 +11,8 @@ from pathlib import Path
 from client.backbone import backbone_hash
 from common.signing import SigningKey
 from deploy.demo.records import generate
-from deploy.doctor import free_port
-from deploy.processes import QUIET
+from deploy.running.doctor import free_port
+from deploy.running.processes import QUIET
 from deploy.workshop import DEMO_BACKBONE
 
 CLOISTER = [sys.executable, "-m", "deploy.cli"]
@@ -198,7 +198,7 @@ class Loopback:
             time.sleep(0.2)
 
     def wait_listening(self):
-        from deploy.doctor import reach
+        from deploy.running.doctor import reach
 
         def answers():
             try:

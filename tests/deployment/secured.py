@@ -5,8 +5,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from deploy.doctor import free_port
-from deploy.provision import Federation, init
+from deploy.provisioning.provision import Federation, init
+from deploy.running.doctor import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "provision"))

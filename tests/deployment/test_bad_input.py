@@ -27,9 +27,11 @@ from common.errors import Unavailable
 from common.ledger import Ledger
 from common.release import own_version
 from common.signing import SigningKey
-from deploy import cli, doctor, trainer_commands
-from deploy.doctor import Questions, examine, free_port, worst
-from deploy.provision import Federation, init
+from deploy import cli
+from deploy.commands import trainer as trainer_commands
+from deploy.provisioning.provision import Federation, init
+from deploy.running import doctor
+from deploy.running.doctor import Questions, examine, free_port, worst
 from deploy.workshop import DEMO_BACKBONE
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -174,7 +176,7 @@ def full_disk():
 
 @pytest.mark.parametrize("lacks", ["client.key", "ledger.sqlite"])
 def test_a_trainer_on_a_full_disk_says_so_before_it_loads_a_model_or_reads_a_record(organisation, monkeypatch, lacks):
-    from deploy import trainer_process
+    from deploy.running import trainer_process
 
     monkeypatch.setattr(trainer_process, "open_workshop", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr(trainer_process, "read_examples", lambda *_: pytest.fail("records were read"))

@@ -65,7 +65,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import NodeAuthHttpInterceptor
-from deploy.provision import request_keys
+from deploy.provisioning.provision import request_keys
 folder = pathlib.Path(tempfile.mkdtemp()) / "own"
 request_keys(folder, "stranger")
 key = load_ssh_private_key((folder / "private" / "supernode.key").read_bytes(), None)

@@ -24,7 +24,7 @@ from common.messages import Description, Reply, Status, StatusCode, TrainRequest
 from common.privacy import PLDAccountant
 from common.recipe import recipe_of
 from common.signing import SigningKey
-from deploy.inprocess_grid import InProcessGrid
+from deploy.simulation.inprocess_grid import InProcessGrid
 from server.app import HOME_VARIABLE
 from server.app import app as server_app
 

@@ -18,7 +18,7 @@ from client.progress import ask_status
 from common.certificate import verify_certificate
 from common.charge import charge
 from common.errors import Refused
-from deploy.provision import Federation, init, request_keys
+from deploy.provisioning.provision import Federation, init, request_keys
 
 sys.path.insert(0, str(Path(__file__).parent))
 from books import accounted, began

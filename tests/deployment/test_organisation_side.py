@@ -18,9 +18,9 @@ from cryptography.x509.oid import NameOID
 from client.progress import ask_status, serve_status
 from client.settings import TrainerSettings
 from common.errors import InvalidInput, Refused, Unavailable
-from deploy.doctor import Questions, _clock, examine, free_port, reach, worst
-from deploy.processes import Service, Supervisor
-from deploy.trainer_commands import supernode_command
+from deploy.commands.trainer import supernode_command
+from deploy.running.doctor import Questions, _clock, examine, free_port, reach, worst
+from deploy.running.processes import Service, Supervisor
 
 NOW = 1_800_000_000.0
 

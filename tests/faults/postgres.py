@@ -11,7 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from deploy.doctor import free_port
+from deploy.running.doctor import free_port
 
 STARTS = 10
 

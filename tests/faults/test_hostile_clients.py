@@ -22,7 +22,7 @@ from common.ledger import Ledger
 from common.messages import Description, Status, StatusCode, adapter_hash
 from common.recipe import recipe_of
 from common.signing import SigningKey
-from deploy.inprocess_grid import InProcessGrid
+from deploy.simulation.inprocess_grid import InProcessGrid
 from server.accountant import EmbeddedAccountant
 from server.app import HOME_VARIABLE, app
 from server.deployed import RunFolder

@@ -12,7 +12,7 @@ from common.errors import CloisterError, InvalidInput
 from common.history import ListRequest
 from common.messages import Envelope
 from common.signing import SigningKey
-from deploy.inprocess_grid import InProcessGrid
+from deploy.simulation.inprocess_grid import InProcessGrid
 from server.exchange import Exchange, Failure
 
 SECRET = "patient 17 has gout"

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from client.policy import Policy, default_delta
 from common.errors import InvalidInput
 from common.signing import SigningKey
-from deploy.policy_commands import budgets, check_policy_file, policy_app, register_budget
+from deploy.commands.policy import budgets, check_policy_file, policy_app, register_budget
 
 KEY = SigningKey.generate().public_key
 GOOD = f"""

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from common.errors import InvalidInput, LedgerCorrupt
 from common.ledger import Draft, Ledger, verify_rows
 from common.ledger_export import export_lines, read_export, verify_export
-from deploy.ledger_commands import certificate_app, export_ledger, ledger_app, read_anchor, verify_ledger
+from deploy.commands.ledger import certificate_app, export_ledger, ledger_app, read_anchor, verify_ledger
 
 TEXT = 'a "quoted", [b]ε[/b]\u2028\x1c'
 FORMS = ["json", "csv"]
@@ -116,7 +116,7 @@ def test_the_commands_load_on_a_coordinator_without_the_clients_libraries():
         "import sys\n"
         "for name in ('torch', 'transformers', 'peft', 'safetensors', 'datasets', 'psycopg', 'grpc_tools'):\n"
         "    sys.modules[name] = None\n"
-        "import deploy.ledger_commands, deploy.policy_commands, deploy.accountant_commands, server.remote_accountant\n"
+        "import deploy.commands.ledger, deploy.commands.policy, deploy.commands.accountant, server.remote_accountant\n"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)

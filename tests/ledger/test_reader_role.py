@@ -11,7 +11,7 @@ from common.errors import InvalidInput, Refused, Unavailable
 from common.ledger import Ledger
 from common.ledger_schema import LOCK_KEY
 from deploy.cli import app
-from deploy.database import CONNECTIONS, READER, WRITER, make_passwords, make_reader, read_password
+from deploy.provisioning.database import CONNECTIONS, READER, WRITER, make_passwords, make_reader, read_password
 
 PASSWORD = "a-password-of-the-reader"
 

@@ -16,9 +16,9 @@ import typer
 from client.progress import Progress, WatchedTrainer
 from common import logs
 from common.messages import RefusalReason, Status, StatusCode
-from deploy import logs as options
 from deploy.cli import app, main
-from deploy.processes import Service, Supervisor
+from deploy.commands import logs as options
+from deploy.running.processes import Service, Supervisor
 from server.accountant import Outcome
 from server.deployed import Journalist, RunFolder
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common import logs
 from common.errors import InvalidInput, Unavailable
 from common.text import MOST_LINE, shown
-from deploy import logs as options
+from deploy.commands import logs as options
 
 SECRET = "patient 17 has gout"
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def test_a_line_has_four_keys_and_what_is_known_of_the_list(stream):
 
 WARNED = """
 import sys, warnings
-from deploy.logs import begin
+from deploy.commands.logs import begin
 begin("json", holds_records=sys.argv[1] == "records")
 warnings.warn("overflow at patient 17", RuntimeWarning, stacklevel=1)
 import numpy as np

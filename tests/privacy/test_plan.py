@@ -6,8 +6,9 @@ from typer.testing import CliRunner
 
 from common.errors import InvalidInput
 from common.privacy import PLDAccountant, SampledGaussian
-from deploy.calibration import calibration_report
-from deploy.plan import (
+from deploy.commands.plan import calibrate, plan, print_federation
+from deploy.planning.calibration import calibration_report
+from deploy.planning.plan import (
     ClientPlan,
     NoiseShape,
     RoundPlan,
@@ -15,7 +16,6 @@ from deploy.plan import (
     federation_report,
     plan_report,
 )
-from deploy.plan_commands import calibrate, plan, print_federation
 
 ROUNDS = RoundPlan(noise_multiplier=1.0, sample_rate=0.02, local_steps=5, rounds=20)
 

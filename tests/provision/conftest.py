@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.provision import Federation, init
+from deploy.provisioning.provision import Federation, init
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 OFFLINE = {

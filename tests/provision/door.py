@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.doctor import free_port
+from deploy.running.doctor import free_port
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "coordinator" / "nginx.conf"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from client.data import ColumnNames
 from common.config import RunConfig
 from common.errors import CloisterError, InvalidInput, Refused
-from deploy.adapter_commands import build
 from deploy.cli import app
-from deploy.simulate import Watcher, simulate
-from deploy.use import evaluate_adapter, load_adapted
+from deploy.commands.adapter import build
+from deploy.reporting.use import evaluate_adapter, load_adapted
+from deploy.simulation.simulate import Watcher, simulate
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from client.backbone import backbone_hash
 from common.errors import InvalidInput, Refused
-from deploy.backbone_commands import MANIFEST, pack, verify
 from deploy.cli import app
+from deploy.commands.backbone import MANIFEST, pack, verify
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo" / "backbone"
 

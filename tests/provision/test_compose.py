@@ -13,9 +13,9 @@ from flwr.supercore.cli.flower_superexec import _parse_args as superexec_parser
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 
 from deploy.cli import app
-from deploy.coordinator_commands import superlink_command
-from deploy.database import READER, WRITER
+from deploy.commands.coordinator import superlink_command
 from deploy.probe import KINDS
+from deploy.provisioning.database import READER, WRITER
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SIDES = {

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from deploy.cli import app
-from deploy.kits import client_readme
+from deploy.provisioning.kits import client_readme
 
 ROOT = Path(__file__).parents[2]
 KEY = "3f" * 16

@@ -1,4 +1,4 @@
-"""``deploy/provision.py``: what is made, who may read it, and that nothing is half made or made twice."""
+"""``deploy/provisioning/provision.py``: what is made, who may read it, and that nothing is half made or made twice."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import deploy.kits
-import deploy.provision
+import deploy.provisioning.kits
+import deploy.provisioning.provision
 from common.errors import InvalidInput, Refused, Unavailable
 from common.signing import SigningKey, verify
-from deploy.certificates import signing_request
 from deploy.cli import app
-from deploy.private_files import write_private
-from deploy.provision import Federation, init, request_keys, split_address
+from deploy.provisioning.certificates import signing_request
+from deploy.provisioning.private_files import write_private
+from deploy.provisioning.provision import Federation, init, request_keys, split_address
 from server.revocation import read_revoked
 
 KIT = {
@@ -232,7 +232,7 @@ def test_nothing_is_overwritten(federation, now, tmp_path):
 
 def test_a_failure_at_any_write_leaves_no_kit_and_the_next_try_succeeds(federation, now, monkeypatch):
     """The n-th write fails, for every n: afterwards there is a whole kit, or none and no member either."""
-    real, left = deploy.provision.write_private, [0]
+    real, left = deploy.provisioning.provision.write_private, [0]
 
     def failing(path, data):
         left[0] -= 1
@@ -240,7 +240,7 @@ def test_a_failure_at_any_write_leaves_no_kit_and_the_next_try_succeeds(federati
             raise Unavailable(f"{path}: the disk is full")
         real(path, data)
 
-    for module in (deploy.provision, deploy.kits):
+    for module in (deploy.provisioning.provision, deploy.provisioning.kits):
         monkeypatch.setattr(module, "write_private", failing)
     failures = 0
     for nth in range(1, 100):

@@ -24,9 +24,9 @@ from flwr.supernode.fleet_http_connection import NodeAuthHttpInterceptor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deploy.doctor import free_port
-from deploy.nodes import connect, keep_in_step
-from deploy.provision import init, request_keys
+from deploy.provisioning.nodes import connect, keep_in_step
+from deploy.provisioning.provision import init, request_keys
+from deploy.running.doctor import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))
 from door import NGINX, Proxy

@@ -18,8 +18,8 @@ from common.errors import CloisterError, InvalidInput, Unavailable
 from common.ledger import Ledger
 from common.signing import SigningKey
 from deploy.cli import app
-from deploy.nodes import Changed, connect, keep_in_step
-from deploy.provision import Federation, init
+from deploy.provisioning.nodes import Changed, connect, keep_in_step
+from deploy.provisioning.provision import Federation, init
 from server.accountant import EmbeddedAccountant
 from server.accountant_service import Tls, serve
 from server.remote_accountant import RemoteAccountant

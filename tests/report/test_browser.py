@@ -3,8 +3,8 @@
 import pytest
 from browsing import serious_violations, watched
 
-from deploy.report import write_report
-from deploy.run_record import read_run
+from deploy.reporting.report import write_report
+from deploy.reporting.run_record import read_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 

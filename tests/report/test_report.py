@@ -17,8 +17,8 @@ from common.errors import InvalidInput
 from common.pages import rounded_up
 from common.statement import factor, most_correct_guesses, who_is_protected
 from deploy.cli import app
-from deploy.report import page
-from deploy.run_record import read_run
+from deploy.reporting.report import page
+from deploy.reporting.run_record import read_run
 
 
 def seen(text):
@@ -257,7 +257,7 @@ def test_the_factor_is_never_below_e_to_the_epsilon(epsilon):
 
 
 def test_a_coordinators_secretary_writes_each_report_once_and_again_for_a_new_certificate(make):
-    from deploy.secretary import Secretary
+    from deploy.running.secretary import Secretary
 
     made = make(deployed=True, trouble={})
     secretary = Secretary(made.folder.parent.parent)

@@ -15,7 +15,7 @@ from common.history import ClientHistory, ListRequest, SignedHistory
 from common.ledger import Ledger
 from common.messages import Description, Refusal, Reply, TrainRequest, adapter_hash
 from common.signing import SigningKey
-from deploy.inprocess_grid import InProcessGrid
+from deploy.simulation.inprocess_grid import InProcessGrid
 from server.accountant import EmbeddedAccountant
 from server.exchange import Exchange
 from server.rounds import Listener, RoundLoop, keys_of

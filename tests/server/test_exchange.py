@@ -29,7 +29,7 @@ from common.messages import (
 )
 from common.privacy import SampledGaussian
 from common.release import own_version
-from deploy.inprocess_grid import InProcessGrid
+from deploy.simulation.inprocess_grid import InProcessGrid
 from server.accountant import Outcome
 from server.aggregation import WeightedMean
 from server.deployed import provisioned_keys

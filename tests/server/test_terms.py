@@ -206,7 +206,7 @@ def test_who_sits_out_a_round_skips_its_noise():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_scheduled_run_pays_what_its_plan_says(tmp_path, schedule):
     """``cloister plan --config`` and the accountant of a run agree to 1e-9."""
-    from deploy.plan_config import plan_from_config
+    from deploy.planning.config import plan_from_config
 
     file = tmp_path / "run.toml"
     file.write_text(

@@ -15,8 +15,8 @@ from common.config import RunConfig
 from common.errors import InvalidInput, Refused, Unavailable
 from common.ledger import Ledger
 from common.signing import SigningKey
-from deploy.certificates import Authority
-from deploy.simulate import Watcher, quiet_warnings, simulate
+from deploy.provisioning.certificates import Authority
+from deploy.simulation.simulate import Watcher, quiet_warnings, simulate
 from server.accountant import EmbeddedAccountant
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from common.config import RunConfig
 from common.errors import InvalidInput
-from deploy.folders import recover_folder, replace_folder
-from deploy.simulate import Watcher, quiet_warnings, simulate
+from deploy.reporting.folders import recover_folder, replace_folder
+from deploy.simulation.simulate import Watcher, quiet_warnings, simulate
 
 WHOLE = {"one": "1", "two": "2"}
 

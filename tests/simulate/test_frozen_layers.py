@@ -5,7 +5,7 @@ import pytest
 from client.engine import FrozenStates
 from common.config import RunConfig
 from common.errors import InvalidInput
-from deploy.simulate import quiet_warnings, simulate
+from deploy.simulation.simulate import quiet_warnings, simulate
 
 LAST = "layers.1.self_attn.q_proj,layers.1.self_attn.v_proj"
 

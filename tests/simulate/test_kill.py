@@ -15,7 +15,7 @@ from common.config import RunConfig
 from common.ledger import Ledger
 from common.privacy import PLDAccountant
 from common.signing import SigningKey
-from deploy.simulate import quiet_warnings, simulate
+from deploy.simulation.simulate import quiet_warnings, simulate
 from server.accountant import EmbeddedAccountant
 from server.terms import RunTerms
 
@@ -28,15 +28,15 @@ BEGUN = (State.STARTED, State.REPLIED, State.LOST)
 def processes():
     """Processes forked from one that has loaded the libraries and nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deploy.simulate", "transformers", "peft"])
+    context.set_forkserver_preload(["deploy.simulation.simulate", "transformers", "peft"])
     return context
 
 
 def kill(processes, config: RunConfig, after: float, until) -> bool:
     """Run, wait until ``until()`` holds, then ``after`` seconds more, then kill; whether it was still running."""
-    import deploy.simulate  # the target must be importable in the child: it is this project's own function
+    import deploy.simulation.simulate  # the target must be importable in the child: it is this project's own function
 
-    process = processes.Process(target=deploy.simulate.simulate, args=(config,))
+    process = processes.Process(target=deploy.simulation.simulate.simulate, args=(config,))
     process.start()
     deadline = time.monotonic() + 120
     while process.is_alive() and not until() and time.monotonic() < deadline:
@@ -130,7 +130,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_right_epsilon(tmp_pa
 
 @pytest.mark.parametrize("moment", ["before run.json", "after run.json"])
 def test_a_run_killed_before_its_first_line_can_be_started_again(tmp_path, options, monkeypatch, moment):
-    import deploy.simulate as under_test
+    import deploy.simulation.simulate as under_test
 
     output = tmp_path / "run"
     config = RunConfig.from_mapping(options(output, rounds=1))

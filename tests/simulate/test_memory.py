@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from common.config import RunConfig
 from deploy.cli import app
-from deploy.memory import arena_bytes_per_record
+from deploy.planning.memory import arena_bytes_per_record
 from deploy.workshop import open_workshop
 
 

@@ -11,7 +11,7 @@ from common.certificate import verify_certificate
 from common.charge import charge
 from common.config import RunConfig
 from common.errors import InvalidInput
-from deploy.simulate import quiet_warnings, simulate
+from deploy.simulation.simulate import quiet_warnings, simulate
 
 MIXES = {
     "adaptive, importance, by turns": {
@@ -61,7 +61,7 @@ def test_methods_agree_on_one_process_and_when_resumed(tmp_path, options):
         pass
 
     def run(name, *, killed_after=None, resume=False):
-        from deploy.simulate import Watcher
+        from deploy.simulation.simulate import Watcher
 
         class Killer(Watcher):
             def round_ended(self, record):

@@ -14,8 +14,8 @@ from client.trainer import Workbench
 from common.certificate import verify_certificate
 from common.config import RunConfig
 from common.errors import InvalidInput
-from deploy.simulate import Watcher, quiet_warnings, simulate
-from deploy.use import evaluate_adapter
+from deploy.reporting.use import evaluate_adapter
+from deploy.simulation.simulate import Watcher, quiet_warnings, simulate
 
 RGP = {
     "reparametrization": "rgp", "aggregation": "fedavg", "target_epsilon": 4.0, "server_optimizer": "fedavg",

@@ -18,7 +18,7 @@ from common.certificate import Certificate
 from common.config import RunConfig
 from common.privacy import PLDAccountant, SampledGaussian
 from common.statement import what_epsilon_means, who_is_protected
-from deploy.simulate import quiet_warnings, simulate
+from deploy.simulation.simulate import quiet_warnings, simulate
 
 WRITTEN = {"adapter", "certificate.json", "metrics.jsonl", "ledger.sqlite", "report.html", "state"}
 
@@ -34,7 +34,7 @@ def certificate(output: Path) -> Certificate:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, options) -> SimpleNamespace:
     """One private run of three rounds, in this process; ``seen``: the metrics file as it stood after each round."""
-    from deploy.simulate import Watcher
+    from deploy.simulation.simulate import Watcher
 
     output = tmp_path_factory.mktemp("finished") / "run"
     seen = []

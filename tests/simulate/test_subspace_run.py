@@ -5,7 +5,7 @@ import pytest
 from common.certificate import verify_certificate
 from common.config import RunConfig
 from common.errors import InvalidInput
-from deploy.simulate import quiet_warnings, simulate
+from deploy.simulation.simulate import quiet_warnings, simulate
 from deploy.workshop import refuse_same_file
 
 

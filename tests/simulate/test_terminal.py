@@ -10,7 +10,7 @@ from client.data.tokens import Prepared
 from common.config import RunConfig
 from common.messages import Description
 from deploy.inputs import Inputs, next_output
-from deploy.terminal import Terminal, closing
+from deploy.simulation.terminal import Terminal, closing
 from server.accountant import Denial, Outcome
 from server.terms import draw_up
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.config import RunConfig
-from deploy.simulate import Watcher, quiet_warnings, simulate
+from deploy.simulation.simulate import Watcher, quiet_warnings, simulate
 
 
 def board(folder):

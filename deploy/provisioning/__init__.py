@@ -1,0 +1,1 @@
+"""Keys, certificates, kits and database roles, and the files that hold them."""

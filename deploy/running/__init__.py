@@ -1,0 +1,1 @@
+"""The processes of a deployment: services, trainers, runs, and what looks after them."""

@@ -1,0 +1,1 @@
+"""A federation on one machine: the parties of a run in one process, or on Ray."""
