@@ -5,8 +5,9 @@ Each returns the reason to refuse, or None. Nothing of a request is believed, ty
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from common.messages import Plan, RefusalReason, TrainRequest, adapter_hash
 from common.privacy import SampledGaussian
 from common.recipe import recipe_hash
 from common.signing import canonical, verify
+from common.text import shown
+
+log = logging.getLogger(__name__)
 
 Finding = RefusalReason
 """Why a request is refused."""
@@ -85,28 +89,49 @@ def _is_well_formed(plan: Plan) -> bool:
 
 
 def check_policy(plan: Plan, policy: Policy, now: float) -> Finding | None:
-    """The organisation allows this: client, data set, declared size, backbone, noise, rate, steps, methods, date."""
+    """The organisation allows this: client, data set, declared size, backbone, noise, rate, steps, methods, date.
+
+    The limit that stands against it is told to the organisation's own log; a refusal says the reason's name alone.
+    """
+    broken = next(_broken_limits(plan, policy, now), "")
+    if broken:
+        _tell(plan, broken)
+        return RefusalReason.POLICY
+    return None if plan.backbone_hash in policy.backbones else RefusalReason.BACKBONE
+
+
+def _broken_limits(plan: Plan, policy: Policy, now: float) -> Iterator[str]:
+    """In words, each limit that the plan breaks: the setting, and what was asked; the first decides."""
+    if policy.has_expired(now):
+        yield f"expires = {policy.expires} has passed"
+    if plan.client != policy.organisation:
+        yield f"organisation = {policy.organisation}, asked for {shown(plan.client)}"
     allowed = policy.datasets.get(plan.dataset)
-    if plan.client != policy.organisation or allowed is None or policy.has_expired(now):
-        return RefusalReason.POLICY
+    if allowed is None:
+        yield f"it names no data set {shown(plan.dataset)}"
+        return
     if plan.declared_records != allowed.declared_records:
-        return RefusalReason.POLICY
-    if plan.backbone_hash not in policy.backbones:
-        return RefusalReason.BACKBONE
+        yield f"declared-records = {allowed.declared_records}, asked for {plan.declared_records}"
     if plan.local_steps > policy.max_steps_per_round:
-        return RefusalReason.POLICY
-    if plan.event is None:
-        return None if allowed.without_privacy else RefusalReason.POLICY
-    if not policy.allowed_methods.allow(
-        clipping=plan.mechanism.clipping,
-        noise_allocation=plan.mechanism.noise_allocation,
-        aggregation=plan.aggregation,
-        optimizer=plan.optimizer,
-    ):
-        return RefusalReason.POLICY
+        yield f"max-steps-per-round = {policy.max_steps_per_round}, asked for {plan.local_steps}"
     event = plan.event
-    sound = event.noise_multiplier >= policy.min_noise_multiplier and event.sample_rate <= policy.max_sample_rate
-    return None if sound else RefusalReason.POLICY
+    if event is None:
+        if not allowed.without_privacy:
+            yield "without-privacy = false, asked for training without noise"
+        return
+    if event.noise_multiplier < policy.min_noise_multiplier:
+        yield f"min-noise-multiplier = {policy.min_noise_multiplier}, asked for {event.noise_multiplier}"
+    if event.sample_rate > policy.max_sample_rate:
+        yield f"max-sample-rate = {policy.max_sample_rate}, asked for {event.sample_rate}"
+    asked = {
+        "clipping": plan.mechanism.clipping,
+        "noise_allocation": plan.mechanism.noise_allocation,
+        "aggregation": plan.aggregation,
+        "optimizer": plan.optimizer,
+    }
+    for name, word in asked.items():
+        if not policy.allowed_methods.allow(**{name: word}):
+            yield f"allowed-methods has no {name.replace('_', '-')} {shown(word)}"
 
 
 def check_adapter(request: TrainRequest, shapes: Mapping[str, tuple[int, ...]]) -> Finding | None:
@@ -131,8 +156,14 @@ def check_recipe(plan: Plan, recipe: Mapping[str, str], allowed: AllowedMethods)
     """
     kind = recipe.get("reparametrization", "lora")
     if not allowed.allow(reparametrization=kind):
+        _tell(plan, f"allowed-methods has no reparametrization {shown(kind)}")
         return RefusalReason.POLICY
     if plan.recipe_hash != recipe_hash(recipe) or plan.aggregation != recipe.get("aggregation", plan.aggregation):
         return RefusalReason.RECIPE
     is_mixed = recipe.get("subspace", "none") != "none" or kind != "lora"
     return RefusalReason.RECIPE if is_mixed and plan.mechanism.noise_allocation != "uniform" else None
+
+
+def _tell(plan: Plan, broken: str) -> None:
+    """Public facts only: the organisation's policy, and what was asked for."""
+    log.warning("the policy forbids this plan: %s", broken, extra={"run": shown(plan.run_id)})

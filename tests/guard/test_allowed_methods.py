@@ -1,5 +1,7 @@
 """An organisation that names the methods it has reviewed gets those, and no others."""
 
+from datetime import UTC, datetime
+
 import pytest
 
 from client.admission import Granted, Refused
@@ -96,3 +98,40 @@ def test_the_policy_file_names_them_with_dashes(tmp_path):
 def test_a_method_that_nobody_knows_is_refused(tmp_path, line, message):
     with pytest.raises(InvalidInput, match=message):
         load(tmp_path, f"\n[allowed-methods]\n{line}\n")
+
+
+BROKEN = {
+    "noise_multiplier=0.4": "min-noise-multiplier = 0.5, asked for 0.4",
+    "sample_rate=0.06": "max-sample-rate = 0.05, asked for 0.06",
+    "local_steps": "max-steps-per-round = 8, asked for 9",
+    "event=None": "without-privacy = false, asked for training without noise",
+    "clinic-b": "organisation = clinic-a, asked for clinic-b",
+    "other": "it names no data set other",
+    "999": "declared-records = 1000, asked for 999",
+}
+"""By a piece of what the plan says: what the organisation's own log says to it."""
+
+
+def test_the_organisations_own_log_names_the_limit_and_the_refusal_does_not(parties, guard, lie, caplog):
+    changes, reason = lie
+    said = ", ".join(f"{name}={value}" for name, value in changes.items())
+    with caplog.at_level("WARNING", logger="client.checks"):
+        request = parties.request(**changes)
+        admission = guard.admit(request, shapes=SHAPES)
+    if reason is RefusalReason.POLICY:
+        (record,) = caplog.records
+        (broken,) = {words for piece, words in BROKEN.items() if piece in said}
+        assert record.getMessage() == f"the policy forbids this plan: {broken}"
+        assert record.run == request.plan.run_id
+        assert broken not in str(admission.refusal.to_json())
+    else:
+        assert not caplog.records
+
+
+def test_a_policy_that_has_ended_and_a_method_that_it_lacks_are_named_too(parties, caplog):
+    with caplog.at_level("WARNING", logger="client.checks"):
+        parties.guard(expires=datetime.fromtimestamp(1, UTC)).admit(parties.request(), shapes=SHAPES)
+        parties.restart(allowed_methods=AllowedMethods(optimizer=("sgd",))).admit(parties.request(), shapes=SHAPES)
+    ended, method = (record.getMessage() for record in caplog.records)
+    assert ended.endswith("has passed")
+    assert method.endswith("allowed-methods has no optimizer adam")
