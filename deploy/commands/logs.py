@@ -102,14 +102,18 @@ def coloured(line: str) -> str:
     )
 
 
-def child_listener(form: logs.Form) -> Callable[[str, str], None] | None:
-    """What a supervisor does with its children's output: nothing for text, a JSON line each otherwise."""
-    if form != "json":
-        return None
+def child_listener(form: logs.Form) -> Callable[[str, str], None]:
+    """What a supervisor does with its children's output: lines fit for a terminal, or a JSON line each.
+
+    Flower's programs log what strangers on the network send them, so neither form lets a line through as it came.
+    """
     lock = threading.Lock()
 
     def hear(service: str, line: str) -> None:
         with lock:
-            print(child_line(service, line, time.time()), file=sys.stderr, flush=True)
+            if form == "json":
+                print(child_line(service, line, time.time()), file=sys.stderr, flush=True)
+            else:
+                typer.echo(coloured(line), nl=False)
 
     return hear

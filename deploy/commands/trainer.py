@@ -15,7 +15,7 @@ from client.progress import ask_status
 from client.settings import FILE, TrainerSettings
 from common.errors import InvalidInput
 from common.logs import VARIABLE
-from deploy.commands.logs import LogFormat, announcer, begin, child_listener, coloured
+from deploy.commands.logs import LogFormat, announcer, begin, child_listener
 from deploy.running.doctor import Finding, Questions, examine, free_port, is_free, worst
 from deploy.running.processes import Service, Supervisor, program
 
@@ -96,21 +96,18 @@ def join(
 
 
 def explaining(
-    hear: Callable[[str, str], None] | None, say: Callable[[str], None], coordinator: str
+    hear: Callable[[str, str], None], say: Callable[[str], None], coordinator: str
 ) -> Callable[[str, str], None]:
     """A listener to the SuperNode that says what mends its refusal: Flower's own words do not.
 
     Args:
-        hear: gets every line as well; None: it is printed as it came.
+        hear: gets every line as well.
         say: gets our sentence.
         coordinator: its address.
     """
 
     def listen(service: str, line: str) -> None:
-        if hear is None:
-            typer.echo(coloured(line), nl=False)
-        else:
-            hear(service, line)
+        hear(service, line)
         if NOT_REGISTERED in line:
             say(
                 f"{coordinator} does not know the node key of this kit: it was revoked, or is not registered yet. The "

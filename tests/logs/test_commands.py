@@ -16,8 +16,10 @@ import typer
 from client.progress import Progress, WatchedTrainer
 from common import logs
 from common.messages import RefusalReason, Status, StatusCode
+from common.text import is_visible
 from deploy.cli import app, main
 from deploy.commands import logs as options
+from deploy.commands.logs import child_listener
 from deploy.running.processes import Service, Supervisor
 from server.accountant import Outcome
 from server.deployed import Journalist, RunFolder
@@ -105,6 +107,18 @@ def test_what_children_print_is_heard_line_by_line(tmp_path):
     threading.Thread(target=lambda: (enough.wait(60), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     supervisor.run()
     assert heard == [("child", "one\n"), ("child", "INFO : two\n"), ("child", "three\n")]
+
+
+def test_what_strangers_write_into_flowers_log_reaches_no_terminal_as_it_came(capsys):
+    """A SuperLink logs what it was sent: here a title for the terminal's window, and a line written over another."""
+    hostile = "\x1b[92mINFO\x1b[0m : node \x1b]0;owned\x07 left\rERROR : all is lost\n"
+    child_listener("text")("superlink", hostile)
+    said = capsys.readouterr().out
+    assert said.endswith("all is lost\n")
+    assert all(is_visible(line) for line in said.split("\n"))
+    assert child_listener("json")("superlink", hostile) is None
+    (line,) = only_objects(capsys.readouterr().err)
+    assert is_visible(line["message"])
 
 
 def test_a_runs_own_process_writes_events_with_run_round_and_client(tmp_path, monkeypatch, capsys):
